@@ -1,0 +1,17 @@
+"""saccade: vision backbones and attention as parts that fit each other, checked against their authors' code."""
+
+from __future__ import annotations
+
+from saccade.core.build import create_mixer, create_model, info
+from saccade.core.errors import SaccadeError
+from saccade.core.index import find, list_mixers, list_models
+from saccade.core.load import LoadReport, load
+from saccade.core.record import record
+from saccade.core.site import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoadReport", "SaccadeError", "Site", "create_mixer", "create_model", "find", "info", "list_mixers", "list_models",
+    "load", "record",
+]

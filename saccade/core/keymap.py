@@ -1,0 +1,85 @@
+"""Key maps: how the authors' parameter names become ours, as data that is checked both ways.
+
+A rule is `(pattern, replacement)`, or `(pattern, replacement, change)`:
+- `pattern` is a regular expression for the authors' whole name; the first rule that matches wins;
+- `replacement` is our name (`\\1` as in `re.sub`); `name#i` is the i-th piece of `name`, joined along axis 0 (authors'
+  separate q, k, v become one projection); a tuple of names splits the tensor evenly along axis 0;
+- `change` turns the tensor's layout (`flatten` of a 1x1 convolution to a linear layer's matrix, ...), differentiably;
+- `Dropped(pattern, reason)` names entries that a model does not need: derived buffers, dead parameters.
+A name that no rule matches stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Dropped(NamedTuple):
+    """Names that are left out of a model on purpose, and why."""
+
+    pattern: str
+    reason: str
+
+
+Rule = tuple[str, str | tuple[str, ...]] | tuple[str, str | tuple[str, ...], Change] | Dropped
+KeyMap = Sequence[Rule]
+
+
+class Renamed(NamedTuple):
+    """State in our names, which authors' names each came from, and the names dropped with their reason."""
+
+    state: dict[str, Tensor]
+    sources: dict[str, list[str]]
+    dropped: dict[str, str]
+
+
+def without_first_axis(value: Tensor) -> Tensor:
+    """(1, ...) as (...)."""
+    return value.squeeze(0)
+
+
+def matrix_from_1x1(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight (O, I, 1, ...) as the linear layer's (O, I)."""
+    return weight.flatten(1)
+
+
+def rename(state: Mapping[str, Tensor], rules: KeyMap) -> Renamed:
+    """Turn a state in the authors' names into ours; differentiable, so gradients reach the authors' tensors."""
+    result: dict[str, Tensor] = {}
+    sources: dict[str, list[str]] = {}
+    dropped: dict[str, str] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for name, value in state.items():
+        for rule in rules:
+            match = re.fullmatch(rule[0], name)
+            if match:
+                break
+        else:
+            result[name], sources[name] = value, [name]
+            continue
+        if isinstance(rule, Dropped):
+            dropped[name] = rule.reason
+            continue
+        if len(rule) == 3:
+            value = rule[2](value)
+        if isinstance(rule[1], tuple):
+            for target, piece in zip(rule[1], value.chunk(len(rule[1])), strict=True):
+                ours = match.expand(target)
+                result[ours], sources[ours] = piece, [name]
+            continue
+        ours, _, part = match.expand(rule[1]).partition("#")
+        sources.setdefault(ours, []).append(name)
+        if part:
+            pieces.setdefault(ours, {})[int(part)] = value
+        else:
+            result[ours] = value
+    for ours, parts in pieces.items():  # a missing piece shows as a wrong shape when the state is loaded
+        result[ours] = torch.cat([parts[number] for number in sorted(parts)])
+    return Renamed(result, sources, dropped)

@@ -1,0 +1,49 @@
+"""Convolutions on the token grid: (B, *grid, C) -> (B, *grid', C').
+
+(B, H, W, C) in memory is a channels-last (B, C, H, W): a convolution gets its fastest layout without a copy, both ways.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def on_grid(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a channels-first layer to a grid of tokens, in place of its memory: (B, *grid, C) -> (B, *grid', C')."""
+    return layer(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # a no-op but for layouts that torch chose otherwise
+
+
+class _OnGrid:
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # type: ignore[misc, no-any-return]
+
+
+class GridConv1d(_OnGrid, nn.Conv1d):
+    """`nn.Conv1d` on (B, N, C)."""
+
+
+class GridConv2d(_OnGrid, nn.Conv2d):
+    """`nn.Conv2d` on (B, H, W, C)."""
+
+
+class GridConv3d(_OnGrid, nn.Conv3d):
+    """`nn.Conv3d` on (B, D, H, W, C)."""
+
+
+GRID_CONVOLUTIONS: dict[int, Any] = {1: GridConv1d, 2: GridConv2d, 3: GridConv3d}
+
+
+def grid_conv(rank: int, dim: int, out_dim: int, kernel: int, **options: Any) -> nn.Module:
+    """A convolution of a rank on grids of tokens; its parameters are those of `nn.Conv{rank}d`."""
+    layer: nn.Module = GRID_CONVOLUTIONS[rank](dim, out_dim, kernel, **options)
+    return layer
+
+
+def depthwise(rank: int, dim: int, kernel: int, dilation: int = 1, bias: bool = True) -> nn.Module:
+    """A depthwise convolution that keeps the grid (odd kernels)."""
+    padding = dilation * (kernel - 1) // 2
+    return grid_conv(rank, dim, dim, kernel, padding=padding, dilation=dilation, groups=dim, bias=bias)

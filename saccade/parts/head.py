@@ -1,0 +1,37 @@
+"""From a map to class scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.flatten(1, -2).mean(1),
+    "max": lambda x: x.flatten(1, -2).amax(1),
+    "": lambda x: x,
+}
+
+
+def pool(x: Tensor, how: str) -> Tensor:
+    """(B, *grid, C) -> (B, C) by "avg" or "max"; "" leaves the map."""
+    return POOLS[how](x)
+
+
+class Head(nn.Module):
+    """fc(norm(pool(x))): (B, *grid, C) -> (B, classes)."""
+
+    def __init__(
+        self, dim: int, num_classes: int, global_pool: str = "avg", norm: Callable[[int], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        if global_pool not in POOLS:
+            raise SaccadeError(f"global_pool={global_pool!r}: choose one of {sorted(POOLS)}")
+        self.dim, self.global_pool = dim, global_pool
+        self.norm = norm(dim) if norm is not None else nn.Identity()
+        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(pool(x, self.global_pool)))  # type: ignore[no-any-return]

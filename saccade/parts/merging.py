@@ -1,0 +1,30 @@
+"""Patch merging: the downsampling of Swin and its kin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saccade.ops.window import pad_to_multiple
+
+
+class PatchMerging(nn.Module):
+    """reduction(norm(the 2x2 neighbours, joined)): (B, *grid, C) -> (B, *ceil(grid / 2), out).
+
+    The neighbours are joined with the first axis fastest: (0, 0), (1, 0), (0, 1), (1, 1). Odd sides are zero-padded.
+    (Liu et al., Swin, 2021, section 3.1.)
+    """
+
+    def __init__(self, rank: int, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim * 2**rank)
+        self.reduction = nn.Linear(dim * 2**rank, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = x.ndim - 2
+        x = pad_to_multiple(x, (2,) * rank)
+        halves = [part for side in x.shape[1:-1] for part in (side // 2, 2)]
+        x = x.view(x.shape[0], *halves, x.shape[-1])
+        order = [0, *range(1, 2 * rank, 2), *range(2 * rank, 1, -2), 2 * rank + 1]
+        x = x.permute(order).clone(memory_format=torch.contiguous_format).flatten(rank + 1)
+        return self.reduction(self.norm(x))  # type: ignore[no-any-return]

@@ -1,0 +1,197 @@
+"""Plain: the ViT shape. Prefix tokens and grid tokens at one stride all the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.build import check_patterns, choose_mixer
+from saccade.core.errors import SaccadeError
+from saccade.core.features import FeatureInfo
+from saccade.core.site import MixerFactory, Site
+from saccade.parts.attention import Attention
+from saccade.parts.block import LAYER_NORM, Block, Norm
+from saccade.parts.position import resample
+from saccade.parts.pyramid import check_sizes, drop_path_rates, undecayed
+from saccade.parts.stem import PatchEmbed
+from saccade.parts.tokens import join
+
+PREFIX_MODES = ("none", "mean")
+
+
+class PrefixBlind(nn.Module):
+    """Lets a mixer that knows only the grid work beside prefix tokens.
+
+    The prefix receives nothing ("none") or the mean of the mixed map ("mean"): the caller says which.
+    """
+
+    def __init__(self, mixer: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.mixer, self.mode = mixer, mode
+
+    def forward(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.mixer(x)
+        if self.mode == "none":
+            return x, torch.zeros_like(prefix)
+        return x, x.flatten(1, -2).mean(1, keepdim=True).expand_as(prefix)
+
+
+class TokenBlock(Block):
+    """A block on prefix and grid tokens kept in one sequence (B, P + N, C); only the mixer sees them apart."""
+
+    def forward(self, tokens: Tensor, count: int, grid: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        normed = self.norm1(tokens)
+        x, prefix = normed[:, count:].unflatten(1, grid), normed[:, :count]
+        mixed = join(*self.mixer(x, prefix=prefix)) if count else self.mixer(x).flatten(1, -2)
+        tokens = tokens + self.scale1(mixed)
+        return tokens + self.scale2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+
+
+class Plain(nn.Module):
+    """Patch tokens + position, `prefix` class tokens before them, `depth` blocks, norm, head on the class token.
+
+    The position table (1, P + N, C), or (1, N, C) where `prefix_position` is off, belongs to the grid of `img_size`; it is
+    resampled (bicubic) to the grid that comes. `replace` is the caller's mixer; a mixer without the prefix trait needs
+    `prefix_mode`.
+    """
+
+    undecayed = ("prefix", "position")
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        patch: int = 16,
+        prefix: int = 1,
+        mixer: MixerFactory | Sequence[MixerFactory] = Attention,
+        block: Callable[..., nn.Module] = TokenBlock,
+        norm: Norm = LAYER_NORM,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] = 224,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "token",
+        prefix_mode: str | None = None,
+        replace: Any = None,
+    ) -> None:
+        super().__init__()
+        size = check_sizes(num_classes, in_chans, img_size)
+        if global_pool not in ("token", "avg", "") or (global_pool == "token" and not prefix):
+            raise SaccadeError(f'global_pool={global_pool!r}: choose "avg", "", or "token" in a model with a class token')
+        self.in_chans, self.global_pool = in_chans, global_pool
+        self.grid = tuple(-(-side // patch) for side in size)
+        self.stem = PatchEmbed(len(size), in_chans, dim, stride=patch)
+        self.prefix = nn.Parameter(torch.zeros(prefix, dim)) if prefix else None
+        self.position = nn.Parameter(torch.zeros(1, prefix + torch.Size(self.grid).numel(), dim))
+        build_mixer = choose_mixer(replace, mixer)
+        blocks, names = [], [f"blocks.{index}" for index in range(depth)]
+        check_patterns(replace, names)
+        for index, (name, rate) in enumerate(zip(names, drop_path_rates(drop_path_rate, depth), strict=True)):
+            site = Site(dim, heads, 0, index, patch, self.grid)
+            built = beside_prefix(build_mixer(site, name), prefix, prefix_mode)
+            blocks.append(block(site, built, drop_path=rate, norm=norm))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm(dim)
+        self.num_features = dim
+        self.reset_classifier(num_classes)
+        self.feature_info = FeatureInfo(
+            dict(num_chs=dim, reduction=patch, module=name) for name in names
+        )
+        # Four evenly spaced depths, as dense heads on plain backbones take.
+        self.default_out_indices = tuple(sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
+        self.apply(partial(initialise, spread=0.02))
+        for table in (self.prefix, self.position):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head of `num_classes` (0: none) in place."""
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.removed: tuple[str, ...] = () if num_classes else ("head",)
+
+    def resize(self, parameter: str, value: Tensor) -> Tensor:
+        """The position table of a checkpoint, resampled to this model's native grid."""
+        count = self.prefix_count
+        if parameter != "position" or value.ndim != 3:
+            return value
+        side = round((value.shape[1] - count) ** (1 / len(self.grid)))
+        if side ** len(self.grid) != value.shape[1] - count:
+            return value
+        return self._position_at(value, (side,) * len(self.grid), self.grid)
+
+    @property
+    def prefix_count(self) -> int:
+        return 0 if self.prefix is None else self.prefix.shape[0]
+
+    def _position_at(self, table: Tensor, native: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+        count = self.prefix_count
+        moved = resample(table[:, count:].unflatten(1, native), grid).flatten(1, -2)
+        return torch.cat([table[:, :count], moved], 1)
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The sequence (B, P + N, C) that enters the first block, and the grid of its N tokens."""
+        x = self.stem(image)
+        grid = tuple(x.shape[1:-1])
+        prefix = None if self.prefix is None else self.prefix.expand(x.shape[0], -1, -1)
+        position = self.position if grid == self.grid else self._position_at(self.position, self.grid, grid)
+        return join(x, prefix) + position, grid
+
+    def run(self, image: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+        """The sequence after each block, and the grid."""
+        tokens, grid = self.tokens(image)
+        states = []
+        for block in self.blocks:
+            tokens = block(tokens, self.prefix_count, grid)
+            states.append(tokens)
+        return states, grid
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The map of grid tokens after each block, (B, C, *grid), channels-last in memory."""
+        states, grid = self.run(image)
+        return [state[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1) for state in states]
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The sequence (B, P + N, C) after the final norm."""
+        return self.norm(self.run(image)[0][-1])  # type: ignore[no-any-return]
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Class scores from the class token (or the mean of the grid tokens)."""
+        if self.global_pool == "token":
+            tokens = tokens[:, 0]
+        elif self.global_pool == "avg":
+            tokens = tokens[:, self.prefix_count:].mean(1)
+        return self.head(tokens)  # type: ignore[no-any-return]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, classes)."""
+        return self.forward_head(self.forward_features(image))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay shall leave alone: position tables and prefix tokens."""
+        return undecayed(self)
+
+
+def beside_prefix(mixer: nn.Module, count: int, mode: str | None) -> nn.Module:
+    """The mixer as a block with prefix tokens needs it; raises where the caller did not say what the prefix receives."""
+    if not count or getattr(mixer, "prefix", False):
+        return mixer
+    if mode not in PREFIX_MODES:
+        raise SaccadeError(f"{type(mixer).__name__} mixes the grid alone: say what the {count} prefix tokens receive, "
+                           f'prefix_mode="none" or "mean" (given: {mode!r})')
+    return PrefixBlind(mixer, mode)
+
+
+def initialise(module: nn.Module, spread: float) -> None:
+    """Linear layers from a truncated normal of standard deviation `spread`, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=spread)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,141 @@
+"""Pyramid: stem -> stages (downsample, blocks) -> norm -> head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from saccade.core.build import check_patterns, choose_mixer
+from saccade.core.errors import SaccadeError
+from saccade.core.features import FeatureInfo
+from saccade.core.site import MixerFactory, Site
+from saccade.parts.head import Head
+
+
+class Stage(nn.Module):
+    """A downsampling and the blocks on its grid: (B, *grid, C) -> (B, *grid', C')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))  # type: ignore[no-any-return]
+
+
+class Pyramid(nn.Module):
+    """A hierarchical backbone: images (B, C, *size) in, maps (B, C_i, *grid_i) at growing strides out.
+
+    The paper gives callables: `stem(rank, in_chans, dim)`, `downsample(rank, dim, out_dim)`,
+    `block(site, mixer, drop_path=rate)`, `mixer(site)` (or one a stage), `norm(dim)` on the last map, and
+    `head(dim, num_classes, global_pool)`. `replace` is the caller's mixer (see `create_model`). `stride` and
+    `downsample_stride` only tell the sites where they stand.
+    """
+
+    default_out_indices: tuple[int, ...]
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        heads: Sequence[int],
+        *,
+        stem: Callable[[int, int, int], nn.Module],
+        downsample: Callable[[int, int, int], nn.Module],
+        block: Callable[..., nn.Module],
+        mixer: MixerFactory | Sequence[MixerFactory],
+        norm: Callable[[int], nn.Module] | None = None,
+        head: Callable[[int, int, str], nn.Module] = Head,
+        stride: int = 4,
+        downsample_stride: int = 2,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] = 224,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+        replace: Any = None,
+    ) -> None:
+        super().__init__()
+        size = check_sizes(num_classes, in_chans, img_size)
+        rank = len(size)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        build_mixer = choose_mixer(replace, mixer)
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+        self.stem = stem(rank, in_chans, dims[0])
+        stages, names = [], []
+        for number, depth in enumerate(depths):
+            step = stride * downsample_stride**number
+            grid = tuple(-(-side // step) for side in size)
+            blocks = []
+            for index in range(depth):
+                site = Site(dims[number], heads[number], number, index, step, grid)
+                names.append(f"stages.{number}.blocks.{index}")
+                blocks.append(block(site, build_mixer(site, names[-1]), drop_path=rates.pop(0)))
+            lower = downsample(rank, dims[number - 1], dims[number]) if number else nn.Identity()
+            stages.append(Stage(lower, blocks))
+        check_patterns(replace, names)
+        self.stages = nn.ModuleList(stages)
+        self.norm = norm(dims[-1]) if norm is not None else nn.Identity()
+        self.num_features = dims[-1]
+        self._make_head = head
+        self.reset_classifier(num_classes, global_pool)
+        self.feature_info = FeatureInfo(
+            dict(num_chs=dim, reduction=stride * downsample_stride**number, module=f"stages.{number}")
+            for number, dim in enumerate(dims)
+        )
+        self.default_out_indices = tuple(range(len(depths)))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head of `num_classes` (0: none) in place."""
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.head = self._make_head(self.num_features, num_classes, self.global_pool)
+        self.removed = () if num_classes else ("head.fc",)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The map after each stage, (B, C_i, *grid_i), channels-last in memory: what every dense head takes."""
+        maps, x = [], self.stem(image)
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x.movedim(-1, 1))
+        return maps
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The last map after the final norm, (B, C, *grid)."""
+        return self.norm(self.features(image)[-1].movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Class scores from what `forward_features` gives."""
+        return self.head(features.movedim(1, -1))  # type: ignore[no-any-return]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, classes)."""
+        return self.forward_head(self.forward_features(image))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay shall leave alone: position tables of the mixers."""
+        return undecayed(self)
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Parameters that their modules list in `undecayed` (position and bias tables)."""
+    return {f"{name}.{parameter}".lstrip(".") for name, module in model.named_modules()
+            for parameter in getattr(module, "undecayed", ())}
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Drop path rates that grow linearly with depth, from 0 to `last`."""
+    return [last * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def check_sizes(num_classes: int, in_chans: int, img_size: int | Sequence[int]) -> tuple[int, ...]:
+    """The image size as a tuple of one to three sides; raises where a number makes no model."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if not 1 <= len(size) <= 3 or min(size) < 1:
+        raise SaccadeError(f"img_size={img_size!r}: give one side of a square, or one to three sides, in pixels")
+    if num_classes < 0 or in_chans < 1:
+        raise SaccadeError(f"num_classes={num_classes}, in_chans={in_chans}: at least 0 and 1")
+    return size

@@ -1,0 +1,49 @@
+"""Grids of tokens with prefix (class, register) tokens before them, as one sequence and back."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from saccade.ops.tables import table
+
+
+def join(x: Tensor, prefix: Tensor | None) -> Tensor:
+    """(B, *grid, C) and (B, P, C) -> (B, P + N, C); without a prefix, (B, N, C)."""
+    tokens = x.flatten(1, -2)
+    return tokens if prefix is None else torch.cat([prefix, tokens], 1)
+
+
+@overload
+def split(tokens: Tensor, x: Tensor, prefix: None) -> Tensor: ...
+
+
+@overload
+def split(tokens: Tensor, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def split(tokens: Tensor, x: Tensor, prefix: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def split(tokens: Tensor, x: Tensor, prefix: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """Undo `join`: a grid of the shape of `x`, and the prefix tokens where there were any."""
+    grid = (*x.shape[1:-1], tokens.shape[-1])
+    if prefix is None:
+        return tokens.unflatten(1, grid[:-1])
+    count = prefix.shape[1]
+    return tokens[:, count:].unflatten(1, grid[:-1]), tokens[:, :count]
+
+
+@table
+def token_numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ..., count - 1 as one group (1, count)."""
+    return torch.arange(count, device=device)[None]
+
+
+def global_tokens(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`where` of an attention of all tokens to all tokens."""
+    numbers = token_numbers(count, device)
+    return numbers, numbers

@@ -1,0 +1,97 @@
+"""Self-attention inside windows: the module that Swin and its kin share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.site import Site
+from saccade.ops.attend import attend
+from saccade.ops.window import (
+    crop,
+    merge,
+    pad_to_multiple,
+    partition,
+    relative_position_index,
+    window_tokens,
+)
+from saccade.parts.attention import check_heads
+
+
+class RelativeBias(nn.Module):
+    """A learned bias a head and offset between two tokens of a window: () -> (heads, N, N).
+
+    The table (prod(2 w - 1), heads) is indexed by query - key; one from another window is resampled (bicubic over the
+    offsets) when it is loaded, as Swin's own code does.
+    """
+
+    undecayed = ("table",)
+
+    def __init__(self, window: tuple[int, ...], heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.zeros(torch.Size(2 * side - 1 for side in window).numel(), heads))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self) -> Tensor:
+        index = relative_position_index(self.window, self.table.device)
+        return self.table[index].permute(2, 0, 1)
+
+    def resize(self, parameter: str, value: Tensor) -> Tensor:
+        """The table of square windows of another side, for this window."""
+        side = round(value.shape[0] ** (1 / len(self.window)))
+        if len(self.window) != 2 or side**2 != value.shape[0]:
+            return value
+        square = value.T.reshape(1, -1, side, side)
+        sides = [2 * part - 1 for part in self.window]
+        return F.interpolate(square, size=sides, mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+class WindowAttention(nn.Module):
+    """out = proj(softmax(q k^T / sqrt(d) + bias) v) among the tokens of each window: (B, *grid, C) -> (B, *grid, C).
+
+    A grid that is no multiple of the window is zero-padded at its end, before qkv and without a mask.
+    """
+
+    ranks, weights = (1, 2, 3), True
+    template = ("qkv", "proj")
+
+    def __init__(self, site: Site, window: int | tuple[int, ...] = 7, qkv_bias: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        check_heads(site)
+        self.heads = site.heads
+        self.window = (window,) * site.rank if isinstance(window, int) else tuple(window)
+        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
+        self.bias = RelativeBias(self.window, site.heads) if bias else None
+        self.proj = nn.Linear(site.dim, site.dim)
+
+    def attend(
+        self, windows: Tensor, grid: tuple[int, ...], shift: tuple[int, ...], mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention inside windows (B x G, N, C); `mask` (G, N, N) is added to the logits of each window."""
+        G, N, C = windows.shape
+        q, k, v = self.qkv(windows).view(G, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        bias = self.bias() if self.bias is not None else None
+        if mask is not None:
+            bias = mask[:, None] if bias is None else bias + mask[:, None]
+            images = G // mask.shape[0]
+            bias = bias.expand(images, *bias.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else bias
+
+        def where() -> tuple[Tensor, Tensor]:
+            tokens = window_tokens(grid, self.window, shift, windows.device)
+            return tokens, tokens
+
+        out = attend(q, k, v, bias, where=where)
+        return self.proj(out.transpose(1, 2).reshape(G, N, C))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:-1])
+        x = pad_to_multiple(x, self.window)
+        out = self.attend(partition(x, self.window), grid, (0,) * len(grid))
+        return crop(merge(out, self.window, tuple(x.shape[1:-1])), grid)
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        """Multiply-adds: 4 N C^2 + 2 N |window| C over the N tokens of the padded grid."""
+        tokens = torch.Size(side + (-side) % part for side, part in zip(grid, self.window, strict=True)).numel()
+        return 4 * tokens * site.dim**2 + 2 * tokens * torch.Size(self.window).numel() * site.dim

@@ -1,0 +1,133 @@
+"""Is a model equal to its authors'? Put to it the way a user would: their checkpoint in, their numbers out."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saccade.core.build import create_model
+from saccade.core.errors import SaccadeError
+from saccade.core.index import model_paper, paper_module, resolve_model
+from saccade.core.keymap import rename
+from saccade.core.load import key_maps
+from saccade.tools.golden import Golden, cotangent, make_inputs, make_state, mismatch, read_golden
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One quantity of a golden: its error in standard deviations of the authors' value, and the tolerance."""
+
+    golden: str
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def verify(path: str | Path) -> list[Verdict]:
+    """Compare a whole model with its golden: parameter count, outputs, stage features, gradients.
+
+    The authors' state is regenerated, saved as a checkpoint, loaded by `create_model(name, checkpoint_path=...)` and run.
+    Raises SaccadeError where the golden is of no registered model.
+    """
+    golden = read_golden(path)
+    name = resolve_model(golden["model"])
+    state, inputs = make_state(golden), make_inputs(golden)
+    image = next(iter(inputs.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "authors.safetensors"
+        save_file({key: value.clone() for key, value in state.items()}, checkpoint)
+        model = create_model(name, checkpoint_path=checkpoint, **_settings(golden, name, image)).eval()
+    got = run_tapped(model.to(image.dtype), image, taps(name, golden))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    verdicts = [Verdict(golden["model"], "parameters", abs(count - golden["params"]), 0)]
+    for what, expected in golden["outputs"].items():
+        value = like(got[what], expected["shape"]) if what in got else torch.empty(0)
+        verdicts.append(Verdict(golden["model"], what, mismatch(expected, value), golden["tolerance"]))
+    if golden["grads"]:
+        gradients = authors_gradients(model, name, state, image, golden)
+        verdicts += [Verdict(golden["model"], f"d/d {what}", mismatch(expected, gradients[what]), golden["tolerance"])
+                     for what, expected in golden["grads"].items()]
+    return verdicts
+
+
+def _settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
+    """What the caller of the authors' code said that our `create_model` must be told too."""
+    args = golden.get("source", {}).get("args", {})
+    settings: dict[str, Any] = {"img_size": tuple(image.shape[2:])}
+    if "num_classes" in args:
+        settings["num_classes"] = args["num_classes"]
+    if image.shape[1] != 3:
+        settings["in_chans"] = image.shape[1]
+    return settings
+
+
+def taps(name: str, golden: Golden) -> dict[str, str]:
+    """Where each of a golden's inner outputs is in our model, by the paper's TAPS."""
+    table = getattr(paper_module(model_paper(name)), "TAPS", {})
+    found = {}
+    for what in golden["outputs"]:
+        for pattern, module in table.items():
+            match = re.fullmatch(pattern, what)
+            if match:
+                found[what] = match.expand(module)
+    return found
+
+
+def run_tapped(model: nn.Module, image: Tensor, where: dict[str, str]) -> dict[str, Tensor]:
+    """Outputs of the modules `where` names, and the model's as `out`."""
+    got: dict[str, Tensor] = {}
+
+    def keep(what: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            got[what] = output
+        return hook
+
+    handles = [model.get_submodule(module).register_forward_hook(keep(what)) for what, module in where.items()]
+    try:
+        with torch.no_grad():
+            got["out"] = model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return got
+
+
+def like(value: Tensor, shape: list[int]) -> Tensor:
+    """Our (B, *grid, C) laid out as the authors have it: (B, N, C) or (B, C, *grid)."""
+    if list(value.shape) == shape:
+        return value
+    if value.ndim >= 3 and [value.shape[0], value.shape[1:-1].numel(), value.shape[-1]] == shape:
+        return value.flatten(1, -2)
+    return value.movedim(-1, 1)
+
+
+def authors_gradients(
+    model: nn.Module, name: str, state: dict[str, Tensor], image: Tensor, golden: Golden
+) -> dict[str, Tensor]:
+    """d(sum(out * cotangent)) / d(authors' tensors and the input), through the differentiable key map."""
+    layout = model.load_report.format
+    leaves = {key: value.to(image.dtype).requires_grad_(key in golden["grads"]) for key, value in state.items()}
+    image = image.clone().requires_grad_()
+    ours = rename(leaves, key_maps(name)[str(layout)]).state
+    out = torch.func.functional_call(model, ours, (image,))
+    (out * cotangent(out.shape).to(out.dtype)).sum().backward()
+    argument = next(iter(golden["inputs"]))
+    leaves[argument] = image
+    gradients: dict[str, Tensor] = {}
+    for what in golden["grads"]:
+        gradient = leaves[what].grad
+        if gradient is None:
+            raise SaccadeError(f"{golden['model']}: no gradient reached {what}")
+        gradients[what] = gradient
+    return gradients

@@ -1,0 +1,56 @@
+"""Every golden of the project: whole models through a user's path, operators through their ports."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from saccade.core.index import index
+from saccade.tools.golden import make_inputs, make_state, read_golden
+from saccade.tools.verify import verify
+from tests.ports.port import errors
+
+FOLDER = Path(__file__).parent / "goldens"
+PATHS = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
+CLAIMED = {golden: paper for paper, card in index()["papers"].items() for golden in card["goldens"]}
+
+
+def test_every_golden_is_claimed_and_every_claim_is_here():
+    assert set(PATHS) == set(CLAIMED)
+
+
+@pytest.mark.parametrize("name", [name for name in PATHS if not name.startswith("op_")])
+def test_model(name):
+    failed = [verdict for verdict in verify(PATHS[name]) if not verdict.passed]
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_port(name):
+    golden = read_golden(PATHS[name])
+    port = import_module(f"tests.ports.{CLAIMED[name]}").build(golden)
+    if golden["params"] is not None:
+        assert sum(parameter.numel() for parameter in port.module.parameters()) == golden["params"]
+    wrong = {what: error for what, error in errors(port, golden).items() if not error <= golden["tolerance"]}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", [name for name in PATHS if not name.startswith("op_")])
+def test_authors_pth_file(name, tmp_path):
+    """The same checkpoint as the authors' .pth, wrapped, with settings beside it that only their code could unpickle."""
+    import argparse
+
+    from saccade import create_model
+
+    golden = read_golden(PATHS[name])
+    size = tuple(next(iter(make_inputs(golden).values())).shape[2:])
+    file = tmp_path / "authors.pth"
+    torch.save({"model": make_state(golden), "args": argparse.Namespace(epochs=300)}, file)
+    report = create_model(name, img_size=size, checkpoint_path=file).load_report
+    assert report.format == "authors" and not report.left
+    buffers = sum(entry.endswith("num_batches_tracked") for entry in json.dumps(golden["state"]).split('"'))
+    assert report.loaded + buffers >= report.of
