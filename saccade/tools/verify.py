@@ -75,6 +75,8 @@ def _settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
 def taps(name: str, golden: Golden) -> dict[str, str]:
     """Where each of a golden's inner outputs is in our model, by the paper's TAPS."""
     table = getattr(paper_module(model_paper(name)), "TAPS", {})
+    if callable(table):  # where it differs from model to model
+        table = table(name)
     found = {}
     for what in golden["outputs"]:
         for pattern, module in table.items():

@@ -1,0 +1,249 @@
+"""MetaFormer and PoolFormer: the block matters more than the mixer.
+
+A Transformer block with its token mixer left open,
+    x += gamma1 mix(norm(x));   x += gamma2 mlp(norm(x)),
+works even when mixing is average pooling without a single parameter, mix(x) = pool3x3(x) - x (PoolFormer), or nothing at
+all (the `id` model). Mixed stages show what attention adds at the end: the letters of `metaformer_ppaa_s12` are the mixers
+of the four stages, p pooling, a attention, f a linear layer over positions.
+
+Yu et al., "MetaFormer Is Actually What You Need for Vision", 2022, section 3.
+
+Pooling averages over the neighbours inside the map (padding is not counted). Models with attention add a learned position
+before their first stage with it, resampled (bicubic) off the native grid; the linear layer over positions is resampled on
+both its axes, rows kept in sum.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.card import Card, Weights
+from saccade.core.errors import SaccadeError
+from saccade.core.keymap import KeyMap, matrix_from_1x1
+from saccade.core.site import Site
+from saccade.parts.attention import Attention
+from saccade.parts.block import Block, Norm
+from saccade.parts.convolution import grid_conv
+from saccade.parts.norm import GroupNorm1
+from saccade.parts.position import resample
+from saccade.parts.pyramid import Pyramid
+from saccade.parts.stem import PatchEmbed
+
+_ADDRESS = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
+_PUBLISHED = ("poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48")
+
+CARD = Card(
+    "MetaFormer Is Actually What You Need for Vision",
+    authors="Yu, Luo, Zhou, Si, Zhou, Wang, Feng, Yan",
+    year=2022,
+    systems=("metaformer",),
+    arxiv="2111.11418",
+    code="sail-sg/poolformer@a075575",
+    licence="Apache-2.0",
+    read="paper, code",
+    keywords="PoolFormer, average pooling as token mixer, identity mixer, spatial fully connected",
+    kinds=("backbone", "mixer"),
+    mixers={"pooling": "Pooling", "spatial_fc": "SpatialFc", "identity": "Identity"},
+    params=dict(zip(_PUBLISHED, (11.9e6, 21.4e6, 30.8e6, 56.2e6, 73.5e6))),
+    macs=dict(zip(_PUBLISHED, (1.8e9, 3.4e9, 5.0e9, 8.8e9, 11.6e9))),
+    top1=dict(zip(_PUBLISHED, (77.2, 80.3, 81.4, 82.1, 82.5))),
+    aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12" for letters in ("pppa", "ppaa", "pppf", "ppff")},
+    weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},
+    goldens=("poolformer_s12", "metaformer_ppaa_s12", "op_poolformer_block", "op_pooling_mixer"),
+)
+
+POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+class Pooling(nn.Module):
+    """mean of the `kernel` x `kernel` neighbours inside the map, minus the token itself (the block adds it back)."""
+
+    ranks = (1, 2, 3)
+
+    def __init__(self, site: Site, kernel: int = 3) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = POOL[x.ndim - 2](x.movedim(-1, 1), self.kernel, 1, self.kernel // 2, count_include_pad=False)
+        return pooled.movedim(1, -1).contiguous() - x  # type: ignore[no-any-return]
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        return 0
+
+    def reach(self, site: Site) -> tuple[int, ...]:
+        return (self.kernel // 2,) * site.rank
+
+
+class SpatialFc(nn.Module):
+    """out = W x over positions: y[i] = sum_j W[i, j] x[j], the same for every channel. W belongs to the native grid."""
+
+    ranks = (1, 2)
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.grid = site.grid
+        tokens = torch.Size(site.grid).numel()
+        self.weight = nn.Parameter(torch.empty(tokens, tokens))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:-1])
+        weight = self.weight if grid == self.grid else self._at(self.weight, self.grid, grid)
+        return (weight @ x.flatten(1, -2)).view(x.shape)
+
+    @staticmethod
+    def _at(weight: Tensor, native: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+        columns = resample(weight.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]  # (N', N_native)
+        rows = resample(columns.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]
+        return rows * (torch.Size(native).numel() / torch.Size(grid).numel())
+
+    def resize(self, parameter: str, value: Tensor) -> Tensor:
+        """The weight of a square grid of another side, for this grid."""
+        side = round(value.shape[0] ** (1 / len(self.grid)))
+        return self._at(value, (side,) * len(self.grid), self.grid)
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        return torch.Size(grid).numel() ** 2 * site.dim
+
+    def reach(self, site: Site) -> None:
+        return None
+
+
+class Identity(nn.Identity):
+    """No mixing at all: the lower bound that a mixer has to beat."""
+
+    ranks = (1, 2, 3)
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        return 0
+
+    def reach(self, site: Site) -> tuple[int, ...]:
+        return (0,) * site.rank
+
+
+class Position(nn.Module):
+    """x + table, a learned table (1, *grid, C) resampled to the grid that comes."""
+
+    undecayed = ("table",)
+
+    def __init__(self, dim: int, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, *grid, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + resample(self.table, tuple(x.shape[1:-1]))
+
+    def resize(self, parameter: str, value: Tensor) -> Tensor:
+        return resample(value, tuple(self.table.shape[1:-1]))
+
+
+class Downsample(nn.Sequential):
+    """A 3x3 convolution of stride 2 (and, in some models, a learned position after it)."""
+
+    def __init__(self, rank: int, dim: int, out_dim: int) -> None:
+        super().__init__(grid_conv(rank, dim, out_dim, 3, stride=2, padding=1))
+
+
+MIXERS = {"p": Pooling, "a": partial(Attention, qkv_bias=False), "f": SpatialFc, "i": Identity}
+
+_S12: dict[str, Any] = dict(dims=(64, 128, 320, 512), depths=(2, 2, 6, 2))
+_M36: dict[str, Any] = dict(dims=(96, 192, 384, 768), depths=(6, 6, 18, 6), layer_scale=1e-6)
+SIZES: dict[str, dict[str, Any]] = {
+    "poolformer_s12": _S12,
+    "poolformer_s24": _S12 | dict(depths=(4, 4, 12, 4)),
+    "poolformer_s36": _S12 | dict(depths=(6, 6, 18, 6), layer_scale=1e-6),
+    "poolformer_m36": _M36,
+    "poolformer_m48": _M36 | dict(depths=(8, 8, 24, 8)),
+    "metaformer_id_s12": _S12 | dict(letters="iiii"),
+    "metaformer_pppa_s12": _S12 | dict(letters="pppa", norm="layer"),
+    "metaformer_ppaa_s12": _S12 | dict(letters="ppaa", norm="layer"),
+    "metaformer_pppf_s12": _S12 | dict(letters="pppf"),
+    "metaformer_ppff_s12": _S12 | dict(letters="ppff"),
+    "poolformer_nano": dict(dims=(32, 64, 128), depths=(1, 2, 2), letters="ppp", patch=2, img_size=32),
+}
+NORMS: dict[str, Norm] = {"group": GroupNorm1, "layer": partial(nn.LayerNorm, eps=1e-5)}
+
+
+def metaformer(
+    dims: tuple[int, ...],
+    depths: tuple[int, ...],
+    letters: str = "pppp",
+    norm: str = "group",
+    layer_scale: float = 1e-5,
+    pool: int = 3,
+    patch: int = 4,
+    mixer: Any = None,
+    **common: Any,
+) -> Pyramid:
+    """A MetaFormer whose stages mix as `letters` say (p, a, f, i); heads of 32 channels where there is attention."""
+    if norm not in NORMS or set(letters) - set(MIXERS):
+        raise SaccadeError(f"letters={letters!r}, norm={norm!r}: letters are of {''.join(MIXERS)}, norm of {list(NORMS)}")
+    mixers = [partial(Pooling, kernel=pool) if letter == "p" else MIXERS[letter] for letter in letters]
+    model = Pyramid(
+        dims, depths, [max(dim // 32, 1) for dim in dims],
+        stem=partial(PatchEmbed, kernel=2 * patch - 1, stride=patch, padding=patch // 2), stride=patch,
+        downsample=Downsample, block=partial(Block, norm=NORMS[norm], layer_scale=layer_scale),
+        mixer=mixers, norm=NORMS[norm], replace=mixer, **common,
+    )
+    if "a" in letters:
+        first = model.stages[letters.index("a")]
+        site = first.blocks[0].site
+        first.downsample.add_module("position", Position(site.dim, site.grid))
+    return model
+
+
+def _table(value: Tensor) -> Tensor:
+    return value.movedim(1, -1)
+
+
+_BLOCK: Any = (
+    (r"network\.{source}\.(\d+)\.layer_scale_(\d)", r"stages.{stage}.blocks.\1.scale\2.0.gamma"),
+    (r"network\.{source}\.(\d+)\.mlp\.(fc\d)\.weight", r"stages.{stage}.blocks.\1.mlp.\2.weight", matrix_from_1x1),
+    (r"network\.{source}\.(\d+)\.token_mixer\.fc\.(.*)", r"stages.{stage}.blocks.\1.mixer.\2"),
+    (r"network\.{source}\.(\d+)\.token_mixer\.(.*)", r"stages.{stage}.blocks.\1.mixer.\2"),
+    (r"network\.{source}\.(\d+)\.(.*)", r"stages.{stage}.blocks.\1.\2"),
+)
+# The authors number stages, downsamplings and position terms in one list: where a stage stands depends on the model, but
+# no number holds blocks of one stage in one model and of another in the next.
+_STAGES = {0: 0, 2: 1, 4: 2, 5: 2, 6: 3, 7: 3}
+_DOWNSAMPLES = {1: 1, 3: 2, 5: 3, 6: 3}
+AUTHORS: KeyMap = (
+    (r"patch_embed\.(.*)", r"stem.\1"),
+    *((rf"network\.{source}\.proj\.(.*)", rf"stages.{stage}.downsample.0.\1") for source, stage in _DOWNSAMPLES.items()),
+    (r"network\.4\.pos_embed", "stages.2.downsample.position.table", _table),
+    (r"network\.6\.pos_embed", "stages.3.downsample.position.table", _table),
+    *(
+        (pattern.replace("{source}", str(source)), ours.replace("{stage}", str(stage)), *change)
+        for source, stage in _STAGES.items() for pattern, ours, *change in _BLOCK
+    ),
+    (r"head\.(.*)", r"head.fc.\1"),
+)
+TIMM: KeyMap = (
+    (r"stem\.conv\.(.*)", r"stem.proj.\1"),
+    (r"(stages\.\d+\.downsample)\.conv\.(.*)", r"\1.0.\2"),
+    (r"(stages\.\d+\.blocks\.\d+)\.layer_scale(\d)\.scale", r"\1.scale\2.0.gamma"),
+    (r"(stages\.\d+\.blocks\.\d+\.mlp\.fc\d\.weight)", r"\1", matrix_from_1x1),
+    (r"head\.norm\.(.*)", r"norm.\1"),
+)
+
+
+def TAPS(name: str) -> dict[str, str]:
+    """The authors' `network` list of a model: stages, downsamplings and, before the first attention, the position."""
+    letters = SIZES[name].get("letters", "pppp")
+    places = []
+    for stage in range(len(letters)):
+        if stage:
+            places.append(f"stages.{stage}.downsample.0")
+        if stage == letters.find("a"):
+            places.append(f"stages.{stage}.downsample")
+        places.append(f"stages.{stage}")
+    return {f"network{number}": place for number, place in enumerate(places)}
