@@ -23,7 +23,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
 from saccade.parts.block import LAYER_NORM, residual_tail
-from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.convolution import at_least, depthwise, grid_conv
 from saccade.parts.head import Head
 from saccade.parts.mlp import Mlp
 from saccade.parts.pyramid import Pyramid
@@ -103,10 +103,13 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """norm, then a 2x2 convolution of stride 2."""
+    """norm, then a 2x2 convolution of stride 2 (a side of one token is zero-padded to two)."""
 
     def __init__(self, rank: int, dim: int, out_dim: int) -> None:
         super().__init__(LAYER_NORM(dim), grid_conv(rank, dim, out_dim, 2, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least(x, 2, first=1))  # type: ignore[no-any-return]
 
 
 SIZES: dict[str, dict[str, Any]] = {

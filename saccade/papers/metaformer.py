@@ -30,7 +30,7 @@ from saccade.parts.attention import Attention
 from saccade.parts.block import Block, Norm
 from saccade.parts.convolution import grid_conv
 from saccade.parts.norm import GroupNorm1
-from saccade.parts.position import resample
+from saccade.parts.position import is_native, resample
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 
@@ -94,7 +94,7 @@ class SpatialFc(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        weight = self.weight if grid == self.grid else self._at(self.weight, self.grid, grid)
+        weight = self.weight if is_native(grid, self.grid) else self._at(self.weight, self.grid, grid)
         return (weight @ x.flatten(1, -2)).view(x.shape)
 
     @staticmethod

@@ -51,6 +51,10 @@ class Attention(nn.Module):
         out = self.proj(out.transpose(1, 2).reshape(B, N, C))
         return split(out, x, prefix)
 
+    def reach(self, site: Site) -> None:
+        """Every token reaches every other."""
+        return None
+
     @staticmethod
     def cost(site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
         """Multiply-adds: 4 N C^2 for the projections, 2 N^2 C for the products with N tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -35,6 +36,19 @@ class GridConv3d(_OnGrid, nn.Conv3d):
 
 
 GRID_CONVOLUTIONS: dict[int, Any] = {1: GridConv1d, 2: GridConv2d, 3: GridConv3d}
+
+
+def at_least(x: Tensor, side: int, first: int) -> Tensor:
+    """Zero-pad the end of the axes `first`, ... (all but the channels) that are shorter than `side`.
+
+    Symbolic sides are taken to be long enough: asking would put a guard on them.
+    """
+    sides = x.shape[first : first + x.ndim - 2]
+    amounts = [max(0, side - size) if isinstance(size, int) else 0 for size in sides]
+    if not any(amounts):
+        return x
+    ends = [end for amount in reversed(amounts) for end in (0, amount)]
+    return F.pad(x, ends if first == 2 else [0, 0, *ends])
 
 
 def grid_conv(rank: int, dim: int, out_dim: int, kernel: int, **options: Any) -> nn.Module:

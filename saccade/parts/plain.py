@@ -15,7 +15,7 @@ from saccade.core.features import FeatureInfo
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block, Norm
-from saccade.parts.position import resample
+from saccade.parts.position import is_native, resample
 from saccade.parts.pyramid import check_sizes, drop_path_rates, undecayed
 from saccade.parts.stem import PatchEmbed
 from saccade.parts.tokens import join
@@ -141,7 +141,7 @@ class Plain(nn.Module):
         x = self.stem(image)
         grid = tuple(x.shape[1:-1])
         prefix = None if self.prefix is None else self.prefix.expand(x.shape[0], -1, -1)
-        position = self.position if grid == self.grid else self._position_at(self.position, self.grid, grid)
+        position = self.position if is_native(grid, self.grid) else self._position_at(self.position, self.grid, grid)
         return join(x, prefix) + position, grid
 
     def run(self, image: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:

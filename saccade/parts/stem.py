@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.parts.convolution import CONVOLUTIONS
+from saccade.parts.convolution import CONVOLUTIONS, at_least
 
 
 class PatchEmbed(nn.Module):
@@ -38,6 +38,8 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if self.whole_patches:
             image = pad_image(image, self.stride)
+        else:
+            image = at_least(image, self.proj.kernel_size[0] - 2 * self.proj.padding[0], first=2)
         return self.norm(self.proj(image).movedim(1, -1).contiguous())  # type: ignore[no-any-return]
 
 

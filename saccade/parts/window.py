@@ -91,6 +91,10 @@ class WindowAttention(nn.Module):
         out = self.attend(partition(x, self.window), grid, (0,) * len(grid))
         return crop(merge(out, self.window, tuple(x.shape[1:-1])), grid)
 
+    def reach(self, site: Site) -> tuple[int, ...]:
+        """From one end of a window to the other."""
+        return tuple(side - 1 for side in self.window)
+
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         """Multiply-adds: 4 N C^2 + 2 N |window| C over the N tokens of the padded grid."""
         tokens = torch.Size(side + (-side) % part for side, part in zip(grid, self.window, strict=True)).numel()

@@ -1,0 +1,144 @@
+"""A run: one model trained to a folder, and what can be done with such a folder.
+
+The folder holds model.json (name, options, classes, preprocessing), weights.safetensors, metrics.json, curves.json and
+recipe.json; `saccade eval`, `predict` and `export` take it wherever they take a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from saccade.core.build import create_model
+from saccade.core.errors import SaccadeError
+from saccade.core.load import load
+from saccade.learn.data import ImageSet, Split, open_images
+from saccade.learn.pictures import read_image
+from saccade.learn.score import metrics
+from saccade.learn.train import Progress, Recipe, fit, predict_logits
+from saccade.learn.transforms import evaluation_transform, normalise
+
+CARD, WEIGHTS = "model.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with what it takes to use it."""
+
+    model: nn.Module
+    name: str
+    classes: list[str]
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def train(
+    data: str,
+    name: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None = None,
+    fresh: Sequence[str] = ("head*",),
+    strict: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train a registered model on a set of images; the same call on the same folder resumes. Returns its metrics.
+
+    From a checkpoint everything but the head is loaded (`fresh` says otherwise).
+    """
+    images = open_images(data, seed=0, strict=strict)
+    options = {"num_classes": len(images.classes), "img_size": recipe.img_size, "drop_path_rate": recipe.drop_path_rate}
+
+    def make() -> nn.Module:
+        if checkpoint is None:
+            return create_model(name, **options)
+        return create_model(name, checkpoint_path=checkpoint, fresh=fresh, **options)
+
+    make()  # a wrong name or checkpoint is told before anything is written
+    fitted = fit(make, images, recipe, _folder(out), progress=progress)
+    card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std}
+    (out / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+    run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std)
+    found = {"val": _scores(run, images.val), "test": _scores(run, images.test), "training_seconds": fitted.seconds,
+             "data": {"name": images.name, "fingerprint": images.fingerprint, "notes": images.notes}}
+    (out / "metrics.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    return found
+
+
+def open_run(folder: Path) -> Run:
+    """The model of a run's folder, in evaluation mode; raises SaccadeError where the folder holds none."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        name, options, classes = card["model"], card["options"], card["classes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SaccadeError(f"{folder} holds no finished run ({CARD} is missing or broken): `saccade train` makes one") from error
+    model = create_model(name, **options)
+    load(model, folder / WEIGHTS)
+    return Run(model.eval(), name, classes, options["img_size"], tuple(card["mean"]), tuple(card["std"]))
+
+
+def evaluate(folder: Path, data: str, part: str = "test", *, strict: bool = False) -> dict[str, float]:
+    """Accuracy, balanced accuracy and macro-F1 of a run on a part of a set of images with the same classes."""
+    run, images = open_run(folder), open_images(data, seed=0, strict=strict)
+    if images.classes != run.classes:
+        raise SaccadeError(f"{data} has the classes {_some(images.classes)}, the run knows {_some(run.classes)}: "
+                           "evaluate on a set with the same class names")
+    return _scores(run, _part(images, part))
+
+
+def predict(folder: Path, pictures: Sequence[Path], top: int = 5) -> list[dict[str, Any]]:
+    """For each picture `{"path", "classes": [{"class", "probability"}, ...]}`, the most probable first."""
+    run = open_run(folder)
+    squares = []
+    transform = evaluation_transform(run.img_size)
+    for path in pictures:
+        try:
+            squares.append(transform(read_image(path)))
+        except OSError as error:
+            raise SaccadeError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP or TIFF file") from error
+    with torch.no_grad():
+        chances = run.model(normalise(torch.stack(squares), run.mean, run.std)).softmax(-1)
+    return [{"path": str(path), "classes": _ranked(chance, run.classes, top)}
+            for path, chance in zip(pictures, chances, strict=True)]
+
+
+def _ranked(chances: Tensor, classes: list[str], top: int) -> list[dict[str, Any]]:
+    values, places = chances.topk(min(top, len(classes)))
+    return [{"class": classes[place], "probability": value}
+            for value, place in zip(values.tolist(), places.tolist(), strict=True)]
+
+
+def _scores(run: Run, split: Split) -> dict[str, float]:
+    logits = predict_logits(run.model, split, img_size=run.img_size, mean=run.mean, std=run.std)
+    return metrics(logits.argmax(-1).numpy(), np.asarray(split.labels), len(run.classes))
+
+
+def _part(images: ImageSet, part: str) -> Split:
+    if part not in ("train", "val", "test"):
+        raise SaccadeError(f"there is no part {part!r}: choose train, val or test")
+    found: Split = getattr(images, part)
+    return found
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SaccadeError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+    return out
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,79 @@
+"""A model as a program that needs neither us nor its paper: torch.export, ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+from saccade.core.optional import optional
+
+onnxruntime = optional("onnxruntime", extra="export")
+onnxscript = optional("onnxscript", extra="export")
+
+TOLERANCE = 1e-4
+
+
+def export(model: nn.Module, size: int | Sequence[int] = 224, *, in_chans: int = 3) -> torch.export.ExportedProgram:
+    """The model as one graph with free batch and image sizes, traced on an image of about `size` (pixels).
+
+    Traced under `backed_size_oblivious`, at a size that no stride divides: neither a side that happens to be divisible
+    nor a stage of one window is baked in.
+    """
+    sides = _sides(size)
+    image = torch.randn(2, in_chans, *sides)
+    free = {0: torch.export.Dim.AUTO} | dict.fromkeys(range(2, image.ndim), torch.export.Dim.DYNAMIC)
+    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
+        return torch.export.export(model.eval(), (image,), dynamic_shapes=(free,))
+
+
+def export_onnx(
+    model: nn.Module, file: str | Path, size: int | Sequence[int] = 224, *, in_chans: int = 3
+) -> dict[str, float]:
+    """Write `file` with free batch and image sizes, run it by onnxruntime at two sizes and compare.
+
+    Returns the largest difference at each size ("224x224": 1e-6), relative to the largest output. Raises SaccadeError
+    where one is over TOLERANCE; the file is then not kept.
+    """
+    sides, path = _sides(size), Path(file)
+    onnxscript.__version__  # noqa: B018  (the exporter imports it itself, with a traceback instead of one line)
+    image = torch.randn(2, in_chans, *sides)
+    names = ["batch", "", *(f"side{axis}" for axis in range(len(sides)))]
+    shapes = {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name}
+    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
+        program = torch.onnx.export(
+            model.eval(), (image,), input_names=["image"], output_names=["scores"], dynamo=True,
+            dynamic_shapes=(shapes,), verbose=False,
+        )
+    assert program is not None
+    partial = path.with_suffix(path.suffix + ".partial")
+    program.save(partial, external_data=False)
+    try:
+        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        found = {}
+        for other in (sides, tuple(side + 32 for side in sides)):
+            found["x".join(map(str, other))] = difference(session, model, torch.randn(2, in_chans, *other))
+        worst = max(found.values())
+        if not worst <= TOLERANCE:
+            raise SaccadeError(f"{path}: onnxruntime differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}; not written")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return found
+
+
+def difference(session: object, model: nn.Module, image: Tensor) -> float:
+    """The largest difference of an ONNX session's scores from the model's, relative to the largest score."""
+    with torch.no_grad():
+        wanted = model(image).numpy()
+    got = session.run(None, {"image": image.numpy()})[0]  # type: ignore[attr-defined]
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,0 +1,151 @@
+"""The same questions put to every token mixer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from saccade import Site, record
+from tests.contracts.registered import GRIDS, MIXERS, mixer, over
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@over("test_any_grid", MIXERS)
+def test_any_grid(name, grid):
+    """Same shape, contiguous, finite, on prime, odd, 1-wide and non-square grids, whatever the native one."""
+    module = mixer(name)
+    x = torch.randn(2, *grid, 32)
+    with torch.no_grad():
+        out = module(x)
+    assert out.shape == x.shape and out.is_contiguous() and out.isfinite().all()
+
+
+@over("test_batch_elements_do_not_meet", MIXERS)
+def test_batch_elements_do_not_meet(name):
+    module = mixer(name).double()
+    x = torch.randn(3, 7, 9, 32, dtype=torch.float64)
+    with torch.no_grad():
+        together = module(x)
+        for number in range(3):
+            torch.testing.assert_close(together[number:number + 1], module(x[number:number + 1]), rtol=1e-9, atol=1e-9)
+
+
+@over("test_every_parameter_learns", MIXERS)
+def test_every_parameter_learns(name):
+    module = mixer(name).train()
+    x = torch.randn(2, 9, 7, 32, requires_grad=True)
+    (module(x) * torch.randn(2, 9, 7, 32)).sum().backward()
+    for parameter_name, parameter in [("x", x), *module.named_parameters()]:
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, parameter_name
+
+
+@over("test_float64_agrees_with_float32", MIXERS)
+def test_float64_agrees_with_float32(name):
+    module = mixer(name)
+    x = torch.randn(2, 8, 8, 32)
+    with torch.no_grad():
+        single, double = module(x), module.double()(x.double())
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+
+
+@over("test_autocast_is_finite", MIXERS)
+def test_autocast_is_finite(name):
+    module = mixer(name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(2, 9, 7, 32)).isfinite().all()
+
+
+@over("test_state_dict_round_trip", MIXERS)
+def test_state_dict_round_trip(name):
+    module, other = mixer(name), mixer(name)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(1, 8, 8, 32)
+    with torch.no_grad():
+        assert torch.equal(module(x), other(x))
+
+
+@over("test_evaluation_is_deterministic", MIXERS)
+def test_evaluation_is_deterministic(name):
+    module, x = mixer(name), torch.randn(2, 9, 7, 32)
+    with torch.no_grad():
+        assert torch.equal(module(x), module(x))
+
+
+@over("test_declared_cost", MIXERS)
+def test_declared_cost(name):
+    """Declared multiply-adds against those counted on the explicit form, on a grid that every window divides."""
+    module, grid = mixer(name, grid=(56, 56)), (56, 56)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), record(module_in(module)), counter:  # watched: softmax attention in its explicit form
+        module(torch.randn(1, *grid, 32))
+    declared = module.cost(Site(32, 2, 1, 1, 8, grid), grid)
+    assert declared == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+def module_in(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.Sequential(module)
+
+
+@over("test_declared_reach", MIXERS)
+def test_declared_reach(name):
+    """Nothing outside the declared reach moves, something on its border does; global reach shows at the far corner."""
+    grid = (27, 29)
+    module = mixer(name, grid=grid).double()
+    site = Site(32, 2, 1, 1, 8, grid)
+    x = torch.randn(1, *grid, 32, dtype=torch.float64)
+    reach = module.reach(site)
+    largest, border, outside, corner = 0.0, False, 0.0, 0.0
+    for place in [(13, 14), (0, 0), (26, 28), (6, 7), (7, 6), (20, 21), (13, 0), (0, 14), (3, 4), (10, 11), (24, 24)]:
+        moved = x.clone()
+        moved[0, place[0], place[1]] += torch.randn(32, dtype=torch.float64)
+        with torch.no_grad():
+            change = (module(moved) - module(x)).abs().amax(-1)[0]
+        largest = max(largest, float(change.max()))
+        rows = (torch.arange(grid[0]) - place[0]).abs()[:, None].expand(grid)
+        columns = (torch.arange(grid[1]) - place[1]).abs()[None].expand(grid)
+        if reach is None:
+            corner = max(corner, float(change[26 if place[0] < 13 else 0, 28 if place[1] < 14 else 0]))
+            continue
+        beyond = (rows > reach[0]) | (columns > reach[1])
+        outside = max(outside, float(change[beyond].max()) if beyond.any() else 0.0)
+        border |= bool((change[((rows == reach[0]) | (columns == reach[1])) & ~beyond] > 1e-9 * largest).any())
+    if reach is None:
+        assert corner > 1e-9 * largest
+    else:
+        assert outside <= 1e-9 * largest
+        assert border
+
+
+@over("test_recording_changes_nothing", MIXERS)
+def test_recording_changes_nothing(name):
+    """The watched forward gives the same numbers; where softmax weights stand between tokens, rows sum to one."""
+    module = torch.nn.Sequential(mixer(name)).double()
+    x = torch.randn(2, 9, 10, 32, dtype=torch.float64)
+    with torch.no_grad():
+        plain = module(x)
+        with record(module) as r:
+            watched = module(x)
+    torch.testing.assert_close(plain, watched, rtol=1e-9, atol=1e-9)
+    if getattr(module[0], "weights", False):
+        affinity = r["0"]
+        assert affinity.parts
+        if affinity.placed:
+            dense = affinity.dense(batch=2)
+            assert dense.shape[-2:] == (90, 90)
+            assert (dense.sum(-1) <= len(affinity.parts) + 1e-9).all() and dense.sum(-1).max() > 0.2
+
+
+COMPILED = MIXERS[:: max(len(MIXERS) // 5, 1)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.slow) for name in MIXERS])
+def test_compiles_whole(name):
+    module, x = mixer(name), torch.randn(1, 9, 10, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
