@@ -1,0 +1,208 @@
+"""Neighborhood attention on sequences, images and volumes: a token looks at its own k^n nearest tokens and no other."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.core.errors import SaccadeError
+from saccade.ops.attend import attend
+from saccade.ops.tables import table
+
+GATHER = 27  # a key costs its tile this many query-key pairs (to fetch and to load), measured; it ranks tile sizes
+
+
+class Axis(NamedTuple):
+    """One axis cut in T tiles of Q queries, which see K keys at most; tiles whose masks agree are of one kind."""
+
+    query: Tensor  # (T, Q) position of each query; the last one again where a tile is not full
+    key: Tensor  # (T, K) position of each key, likewise inside the axis
+    tile: Tensor  # (L,) the tile that answers for a position
+    row: Tensor  # (L,) and the row in it
+    kind: Tensor  # (T,)
+    seen: Tensor  # (kinds, Q, K) whether the key is in the query's window
+    shift: Tensor  # (Q, K) index in the bias: (key - query) / dilation + k - 1
+
+
+class Tiles(NamedTuple):
+    """The same for a grid, flattened in row-major order: the product of its axes."""
+
+    query: Tensor  # (T, Q)
+    key: Tensor  # (T, K)
+    slot: Tensor  # (N,) place of each token among the T x Q queries
+    kind: Tensor  # (T,)
+    mask: Tensor  # (kinds, 1, Q, K) 0 or -inf
+    shift: Tensor  # (Q, K)
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: int | tuple[int, ...],
+    dilation: int | tuple[int, ...] = 1,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """out_i = sum over j in N(i) of softmax_j(scale q_i . k_j + bias[j - i]) v_j, with exactly prod(kernel) j in N(i).
+
+    On each axis N(i) holds the `kernel` positions i + dilation * step around i (an even kernel has one more before i
+    than after it), moved inwards at the borders, so that it is never cut or padded; j stays in i's residue class.
+
+    q, k, v, out (B, *S, h, d) with one, two or three grid axes S: views of one Linear's output, uncopied. kernel and
+    dilation are one number or one an axis. bias (h, 2 k_1 - 1, ...) is indexed by (j - i) / dilation + k - 1. scale
+    defaults to d^-1/2. Raises SaccadeError where shapes disagree or an axis is under kernel x dilation (pad first).
+
+    Fast because a tile of near queries fetches the keys around it once and attends to them densely under a mask.
+    Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3; Hassani and Shi, Dilated Neighborhood
+    Attention Transformer, 2022, section 3.
+    """
+    kernels, dilations = _checked(q, k, v, kernel, dilation, bias)
+    B, *grid, h, d = q.shape
+    rank = len(grid)
+    tiles = _tiles(tuple(grid), kernels, dilations, q.dtype, q.device)
+    (T, Q), K = tiles.query.shape, tiles.key.shape[1]
+    whole = isinstance(T, int) and T == 1  # one tile holds all tokens in their order: nothing to fetch
+    q, k, v = (x.flatten(1, rank) for x in (q, k, v))
+    logits = tiles.mask
+    if bias is not None:
+        logits = logits + bias.to(q.dtype).flatten(1)[:, tiles.shift]
+    if not whole:
+        q = q.index_select(1, tiles.query.flatten()).reshape(B * T, Q, h, d)
+        k = k.index_select(1, tiles.key.flatten()).reshape(B * T, K, h, d)
+        v = v.index_select(1, tiles.key.flatten()).reshape(B * T, K, h, d)
+        logits = logits.index_select(0, tiles.kind.repeat(B))
+
+    def where() -> tuple[Tensor, Tensor]:
+        tokens = torch.arange(prod(grid), device=q.device)
+        answered = torch.full((T * Q,), -1, device=q.device).scatter(0, tiles.slot, tokens)  # not the repeated queries
+        return answered.view(T, Q), tiles.key
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = attend(q, k, v, logits, where=where, scale=scale).transpose(1, 2)
+    if not whole:
+        out = out.reshape(B, T * Q, h, d).index_select(1, tiles.slot)
+    return out.reshape(B, *grid, h, d)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, kernel: int | tuple[int, ...], dilation: int | tuple[int, ...], bias: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """kernel and dilation an axis, once everything is known to fit."""
+    rank = q.dim() - 3
+    if not 1 <= rank <= 3 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise SaccadeError(f"q, k, v of shapes {shapes}: give all three as (B, *grid, heads, d) with 1 to 3 grid axes")
+    kernels = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
+    dilations = (dilation,) * rank if isinstance(dilation, int) else tuple(dilation)
+    if len(kernels) != rank or len(dilations) != rank or min(*kernels, *dilations) < 1:
+        raise SaccadeError(f"kernel {kernel}, dilation {dilation}: give one positive number, or one an axis ({rank})")
+    for size, window, step in zip(q.shape[1:-2], kernels, dilations, strict=True):
+        if size < window * step:
+            raise SaccadeError(f"axis of {size} under kernel {window} x dilation {step}: pad it to {window * step}")
+    expected = (q.shape[-2], *(2 * window - 1 for window in kernels))
+    if bias is not None and bias.shape != expected:
+        raise SaccadeError(f"bias of shape {tuple(bias.shape)}: give {expected}, that is (heads, 2 kernel - 1 an axis)")
+    return kernels, dilations
+
+
+@table
+def _tiles(
+    grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tiles:
+    sizes = _tile_sizes(grid, kernel, dilation)
+    axes = [_axis(*of_axis, device) for of_axis in zip(grid, kernel, dilation, sizes, strict=True)]
+    first = axes[0]
+    query, key, tile, row, kind, seen, shift = first
+    for size, window, axis in zip(grid[1:], kernel[1:], axes[1:], strict=True):
+        query = _outer(query * size, axis.query)
+        key = _outer(key * size, axis.key)
+        tile = (tile[:, None] * axis.query.shape[0] + axis.tile).flatten()
+        row = (row[:, None] * axis.query.shape[1] + axis.row).flatten()
+        kind = (kind[:, None] * axis.seen.shape[0] + axis.kind).flatten()
+        seen = _outer(seen, axis.seen)
+        shift = _outer(shift[None] * (2 * window - 1), axis.shift[None])[0]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+    return Tiles(query, key, tile * query.shape[1] + row, kind, mask[:, None], shift)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """c[(i, i'), (x, x'), ...] = a[i, x, ...] + b[i', x', ...] (and, for truth values): all pairs along every axis."""
+    for dim in range(a.dim()):
+        a, b = a.unsqueeze(2 * dim + 1), b.unsqueeze(2 * dim)
+    c = a & b if a.dtype == torch.bool else a + b
+    for dim in range(c.dim() // 2):
+        c = c.flatten(dim, dim + 1)
+    return c
+
+
+def _tile_sizes(
+    grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int | None, ...]:
+    """Queries a tile, an axis: residue classes are cut in 1, 2, 4, ... so that it costs least; None if not known."""
+    # Sizes that torch.export leaves open cannot choose: any branch on them would be baked in.
+    if not all(isinstance(size, int) for size in grid):
+        return (None,) * len(grid)
+    choices, groups = [], prod(dilation)
+    for size, window, step in zip(grid, kernel, dilation, strict=True):
+        longest = -(-size // step)
+        cuts = {-(-longest // 2**power) for power in range(longest.bit_length())}
+        choices.append([(longest, t) for t in sorted(cuts) if t == longest or t > window // 2])
+
+    def cost(cut: tuple[tuple[int, int], ...]) -> int:
+        queries = prod([t for _, t in cut])
+        keys = prod([t if t == longest else t + window - 1 for (longest, t), window in zip(cut, kernel, strict=True)])
+        tiles = groups * prod([-(-longest // t) for longest, t in cut])
+        return tiles * keys * (queries + (GATHER if tiles > 1 else GATHER // 2))
+
+    return tuple(t for _, t in min(product(*choices), key=cost))
+
+
+def _axis(size: int, kernel: int, dilation: int, queries: int | None, device: torch.device) -> Axis:
+    """The tables of an axis. Residue classes have their own tiles; numbers count steps in the class until the end."""
+    before = kernel // 2
+    longest = (size + dilation - 1) // dilation
+    whole = queries == longest
+    Q = max(8, before + 1) if queries is None else queries
+    K = longest if whole else Q + kernel - 1
+    count = (longest + Q - 1) // Q
+    rows, columns = torch.arange(Q, device=device), torch.arange(K, device=device)
+
+    def first(number: Tensor, length: Tensor) -> Tensor:
+        """First query of a tile; the last tile of a class is moved back to be full, and asks some queries again."""
+        return torch.minimum(number * Q, (length - Q).clamp(min=0))
+
+    def first_key(query: Tensor) -> Tensor:
+        return query * 0 if whole else query - before
+
+    tile = torch.arange(dilation * count, device=device)
+    residue, number = tile // count, tile % count
+    length = (size - residue + dilation - 1) // dilation
+    start = first(number, length)
+    last = (length - 1)[:, None]
+    query = (start[:, None] + rows).minimum(last) * dilation + residue[:, None]
+    key = (first_key(start)[:, None] + columns).clamp(min=0).minimum(last) * dilation + residue[:, None]
+
+    position = torch.arange(size, device=device)
+    answer = position % dilation * count + position // dilation // Q
+
+    # Masks differ in the first tile, the last two, and between classes of two lengths: these stand for all.
+    edges = 4 if queries is None else min(count, 4)
+    lengths = 1 if dilation == 1 or (queries is not None and size % dilation == 0) else 2
+    kind = (longest - length) * edges + torch.maximum(number.clamp(max=1), number - count + edges)
+    sample = torch.arange(lengths * edges, device=device)
+    sample_number = torch.where(sample % edges == 0, 0, (sample % edges + count - edges).clamp(min=0))
+    sample_length = longest - sample // edges
+    asked, asked_length = first(sample_number, sample_length)[:, None, None], sample_length[:, None, None]
+    at = (asked + rows[:, None]).minimum(asked_length - 1)
+    key_at = first_key(asked) + columns
+    window = (at - before).clamp(min=0).minimum(asked_length - kernel)
+    seen = (key_at >= window) & (key_at < window + kernel)
+
+    shift = first_key(rows[:1] * 0) + columns - rows[:, None] + kernel - 1
+    return Axis(query, key, answer, position // dilation - start[answer], kind, seen, shift.clamp(0, 2 * kernel - 2))

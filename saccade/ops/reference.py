@@ -1,0 +1,47 @@
+"""The ops once more, slow and obvious: Python loops in float64, written to be read and to be tested against."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import exp, prod
+
+import torch
+from torch import Tensor
+
+
+def neighbours(position: int, size: int, kernel: int, dilation: int) -> list[int]:
+    """The `kernel` positions of an axis that `position` looks at, in order; an even one has one more before it."""
+    residue_class = list(range(position % dilation, size, dilation))
+    start = residue_class.index(position) - kernel // 2
+    start = max(0, min(start, len(residue_class) - kernel))
+    return residue_class[start : start + kernel]
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """`saccade.ops.neighborhood.neighborhood_attention`, one query at a time: q, k, v, out (B, *S, h, d)."""
+    batch, *grid, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    out = torch.zeros(v.shape, dtype=torch.float64)
+    for b, h, *i in product(range(batch), range(heads), *map(range, grid)):
+        weights = {}
+        axes = [neighbours(*axis) for axis in zip(i, grid, kernel, dilation, strict=True)]
+        for j in product(*axes):
+            logit = scale * float(q[(b, *i, h)].double() @ k[(b, *j, h)].double())
+            if bias is not None:
+                steps = [(to - at) // step for to, at, step in zip(j, i, dilation, strict=True)]
+                logit += float(bias[(h, *(step + size - 1 for step, size in zip(steps, kernel, strict=True)))])
+            weights[j] = exp(logit)
+        assert len(weights) == prod(kernel)
+        total = sum(weights.values())
+        for j, weight in weights.items():
+            out[(b, *i, h)] += weight / total * v[(b, *j, h)].double()
+    return out

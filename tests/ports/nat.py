@@ -1,0 +1,31 @@
+"""NAT, DiNAT, DiNAT_s and the 2-D neighborhood attention module."""
+
+from __future__ import annotations
+
+from saccade import Site, create_model
+from saccade.papers.nat import AUTHORS, Neighborhood, dinat_s, nat
+from saccade.tools.golden import make_inputs
+from tests.ports.port import Port, key_map
+
+
+def build(golden: dict) -> Port:
+    args, what = golden["source"]["args"], golden["source"]["object"]
+    image = next(iter(make_inputs(golden).values()))
+    if what.startswith("NeighborhoodAttention"):
+        site = Site(args["dim"], args["num_heads"], grid=tuple(image.shape[1:-1]))
+        mixer = Neighborhood(site, args["kernel_size"], args.get("dilation", 1) or 1, args.get("qkv_bias", True),
+                             args.get("bias", True))
+        return Port(mixer, key_map(((r"rpb", "bias"),)))
+    common = dict(img_size=tuple(image.shape[2:]), num_classes=args.get("num_classes", 1000),
+                  in_chans=args.get("in_chans", 3))
+    if what in ("NAT", "DiNAT", "DiNAT_s"):
+        common |= dict(dim=args["embed_dim"], depths=args["depths"], heads=args["num_heads"][0],
+                       mlp_ratio=args.get("mlp_ratio", 4.0), dilations=args.get("dilations"),
+                       kernel=args.get("kernel_size", 7))
+        model = dinat_s(**common) if what == "DiNAT_s" else nat(layer_scale=args.get("layer_scale"), **common)
+    else:
+        model = create_model(what, **common)
+    last = len(model.stages)
+    taps = {f"stage{number}": f"stages.{number}.downsample" for number in range(1, last)} | {
+        f"stage{last}": f"stages.{last - 1}"}
+    return Port(model, key_map(AUTHORS), taps={name: taps[name] for name in golden["outputs"] if name in taps})
