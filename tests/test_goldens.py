@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from saccade import Site
 from saccade.core.index import index
 from saccade.tools.golden import make_inputs, make_state, read_golden
+from saccade.tools.measure import declared_macs
 from saccade.tools.verify import verify
 from tests.ports.port import errors
 
@@ -37,6 +39,21 @@ def test_port(name):
         assert sum(parameter.numel() for parameter in port.module.parameters()) == golden["params"]
     wrong = {what: error for what, error in errors(port, golden).items() if not error <= golden["tolerance"]}
     assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_declared_multiply_adds(name):
+    """Declared (mathematical) multiply-adds within 1 % of what was counted on the authors' code."""
+    golden = read_golden(PATHS[name])
+    port = import_module(f"tests.ports.{CLAIMED[name]}").build(golden)
+    arguments = port.inputs(make_inputs(golden))
+    if hasattr(port.module, "cost"):
+        x = arguments[0]
+        site = Site(x.shape[-1], getattr(port.module, "heads", 1), grid=tuple(x.shape[1:-1]))
+        declared = x.shape[0] * port.module.cost(site, site.grid)
+    else:
+        declared = declared_macs(port.module, arguments)
+    assert declared == pytest.approx(golden["macs"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", [name for name in PATHS if not name.startswith("op_")])

@@ -19,7 +19,7 @@ from saccade.core.names import closest, matching, spellings
 def index() -> dict[str, Any]:
     """`{"models": {name: paper}, "mixers": {name: paper}, "aliases": {name: model}, "papers": {paper: card}}`."""
     file = resources.files("saccade") / "index.json"
-    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def paper_module(paper: str) -> ModuleType:

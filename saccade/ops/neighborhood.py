@@ -66,27 +66,30 @@ def neighborhood_attention(
     B, *grid, h, d = q.shape
     rank = len(grid)
     tiles = _tiles(tuple(grid), kernels, dilations, q.dtype, q.device)
-    (T, Q), K = tiles.query.shape, tiles.key.shape[1]
+    (T, Q), K, N = tiles.query.shape, tiles.key.shape[1], tiles.slot.shape[0]
     whole = isinstance(T, int) and T == 1  # one tile holds all tokens in their order: nothing to fetch
-    q, k, v = (x.flatten(1, rank) for x in (q, k, v))
     logits = tiles.mask
     if bias is not None:
         logits = logits + bias.to(q.dtype).flatten(1)[:, tiles.shift]
-    if not whole:
-        q = q.index_select(1, tiles.query.flatten()).reshape(B * T, Q, h, d)
-        k = k.index_select(1, tiles.key.flatten()).reshape(B * T, K, h, d)
-        v = v.index_select(1, tiles.key.flatten()).reshape(B * T, K, h, d)
+    if whole:
+        q, k, v = (x.flatten(1, rank) for x in (q, k, v))
+    else:
+        # Images in one axis with their tokens: index_select reads a strided view as it is only along the first axis.
+        image = torch.arange(B, device=q.device)[:, None]
+        query, key = ((image * N + index.flatten()).flatten() for index in (tiles.query, tiles.key))
+        slot = (image * (T * Q) + tiles.slot).flatten()
+        q = q.flatten(0, rank).index_select(0, query).view(B * T, Q, h, d)
+        k, v = (x.flatten(0, rank).index_select(0, key).view(B * T, K, h, d) for x in (k, v))
         logits = logits.index_select(0, tiles.kind.repeat(B))
 
     def where() -> tuple[Tensor, Tensor]:
-        tokens = torch.arange(prod(grid), device=q.device)
-        answered = torch.full((T * Q,), -1, device=q.device).scatter(0, tiles.slot, tokens)  # not the repeated queries
-        return answered.view(T, Q), tiles.key
+        answered = torch.full((T * Q,), -1, device=q.device)  # the repeated queries stay so
+        return answered.scatter(0, tiles.slot, torch.arange(N, device=q.device)).view(T, Q), tiles.key
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, logits, where=where, scale=scale).transpose(1, 2)
     if not whole:
-        out = out.reshape(B, T * Q, h, d).index_select(1, tiles.slot)
+        out = out.reshape(B * T * Q, h, d).index_select(0, slot)
     return out.reshape(B, *grid, h, d)
 
 
@@ -103,7 +106,7 @@ def _checked(
     if len(kernels) != rank or len(dilations) != rank or min(*kernels, *dilations) < 1:
         raise SaccadeError(f"kernel {kernel}, dilation {dilation}: give one positive number, or one an axis ({rank})")
     for size, window, step in zip(q.shape[1:-2], kernels, dilations, strict=True):
-        if size < window * step:
+        if isinstance(size, int) and size < window * step:  # of a size left open it would be a guard
             raise SaccadeError(f"axis of {size} under kernel {window} x dilation {step}: pad it to {window * step}")
     expected = (q.shape[-2], *(2 * window - 1 for window in kernels))
     if bias is not None and bias.shape != expected:

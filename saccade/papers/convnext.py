@@ -76,7 +76,7 @@ class Depthwise(nn.Module):
         self.conv = depthwise(site.rank, site.dim, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # type: ignore[no-any-return]
+        return self.conv(x)
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         return torch.Size(grid).numel() * site.dim * self.kernel**site.rank
@@ -99,7 +99,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = residual_tail(site.dim, layer_scale, drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale(self.mlp(self.norm(self.mixer(x))))  # type: ignore[no-any-return]
+        return x + self.scale(self.mlp(self.norm(self.mixer(x))))
 
 
 class Downsample(nn.Sequential):
@@ -109,7 +109,7 @@ class Downsample(nn.Sequential):
         super().__init__(LAYER_NORM(dim), grid_conv(rank, dim, out_dim, 2, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(at_least(x, 2, first=1))  # type: ignore[no-any-return]
+        return super().forward(at_least(x, 2, first=1))
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -95,7 +95,7 @@ class Neighborhood(nn.Module):
         x = pad_end(x, [torch.sym_max(0, least - side) for side in grid])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         out = neighborhood_attention(q, k, v, self.kernel, self.dilation, self.bias)
-        return self.proj(crop(out.flatten(-2), grid))  # type: ignore[no-any-return]
+        return self.proj(crop(out.flatten(-2), grid))
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:
         """The bias of another kernel, resampled (bicubic over the offsets), as the authors made their 11x11 models."""
@@ -127,7 +127,7 @@ class Tokenizer(nn.Module):
         self.norm = _LAYER_NORM(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.norm(self.proj(image).movedim(1, -1).contiguous())  # type: ignore[no-any-return]
+        return self.norm(self.proj(image).movedim(1, -1).contiguous())
 
 
 class Downsample(nn.Module):
@@ -139,7 +139,7 @@ class Downsample(nn.Module):
         self.norm = _LAYER_NORM(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x))  # type: ignore[no-any-return]
+        return self.norm(self.reduction(x))
 
 
 def alternate(depths: Sequence[int], dilations: Sequence[int]) -> tuple[tuple[int, ...], ...]:

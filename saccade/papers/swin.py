@@ -101,7 +101,7 @@ def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:
     """
     longer = torch.sym_max(0, reduce(torch.sym_min, grid) - min(window))
     padding = sum((-side) % part for side, part in zip(grid, window, strict=True))
-    return shift * torch.sym_min(1, longer + padding) if shift else 0  # type: ignore[no-any-return]
+    return shift * torch.sym_min(1, longer + padding) if shift else 0
 
 
 @table

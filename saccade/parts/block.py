@@ -84,4 +84,4 @@ class Block(nn.Module):
         if self.position is not None:
             x = x + self.position(x)
         x = x + self.scale1(self.mixer(self.norm1(x), **optional))
-        return x + self.scale2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+        return x + self.scale2(self.mlp(self.norm2(x)))

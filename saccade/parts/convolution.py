@@ -20,7 +20,7 @@ def on_grid(layer: nn.Module, x: Tensor) -> Tensor:
 
 class _OnGrid:
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # type: ignore[misc, no-any-return]
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()
 
 
 class GridConv1d(_OnGrid, nn.Conv1d):

@@ -34,4 +34,4 @@ class Head(nn.Module):
         self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.norm(pool(x, self.global_pool)))  # type: ignore[no-any-return]
+        return self.fc(self.norm(pool(x, self.global_pool)))

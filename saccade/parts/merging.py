@@ -27,4 +27,4 @@ class PatchMerging(nn.Module):
         x = x.view(x.shape[0], *halves, x.shape[-1])
         order = [0, *range(1, 2 * rank, 2), *range(2 * rank, 1, -2), 2 * rank + 1]
         x = x.permute(order).clone(memory_format=torch.contiguous_format).flatten(rank + 1)
-        return self.reduction(self.norm(x))  # type: ignore[no-any-return]
+        return self.reduction(self.norm(x))

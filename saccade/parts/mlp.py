@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+WHOLE, PIECE = 2**21, 4096  # hidden numbers that are computed at once; else rows a piece (measured on a CPU)
+
 
 class Gelu(nn.Module):
     """x Phi(x), on a hidden state that nobody else holds: in place where no gradient is taken.
@@ -18,7 +20,7 @@ class Gelu(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return nn.functional.gelu(hidden)
-        return torch.ops.aten.gelu_(hidden)  # type: ignore[no-any-return]
+        return torch.ops.aten.gelu_(hidden)
 
 
 class Mlp(nn.Module):
@@ -33,4 +35,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(dim * ratio), dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
+        rows = x.shape[:-1].numel()
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
+        if plain or rows * self.fc1.out_features <= WHOLE:
+            return self.fc2(self.activation(self.fc1(x)))
+        # The hidden state of a large map would leave the cache three times: take it in pieces that stay.
+        pieces = x.flatten(0, -2).split(PIECE)
+        return torch.cat([self.fc2(self.activation(self.fc1(piece))) for piece in pieces]).view(*x.shape[:-1], -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,9 +12,7 @@ class GroupNorm1(nn.GroupNorm):
         super().__init__(1, dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One group makes the order of axes irrelevant: normalise the flat map, then scale the last axis.
-        flat = F.layer_norm(x, x.shape[1:], eps=self.eps)
-        return flat * self.weight + self.bias
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -48,7 +48,7 @@ class TokenBlock(Block):
         x, prefix = normed[:, count:].unflatten(1, grid), normed[:, :count]
         mixed = join(*self.mixer(x, prefix=prefix)) if count else self.mixer(x).flatten(1, -2)
         tokens = tokens + self.scale1(mixed)
-        return tokens + self.scale2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
+        return tokens + self.scale2(self.mlp(self.norm2(tokens)))
 
 
 class Plain(nn.Module):
@@ -144,23 +144,21 @@ class Plain(nn.Module):
         position = self.position if is_native(grid, self.grid) else self._position_at(self.position, self.grid, grid)
         return join(x, prefix) + position, grid
 
-    def run(self, image: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The sequence after each block, and the grid."""
-        tokens, grid = self.tokens(image)
-        states = []
-        for block in self.blocks:
-            tokens = block(tokens, self.prefix_count, grid)
-            states.append(tokens)
-        return states, grid
-
     def features(self, image: Tensor) -> list[Tensor]:
         """The map of grid tokens after each block, (B, C, *grid), channels-last in memory."""
-        states, grid = self.run(image)
-        return [state[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1) for state in states]
+        tokens, grid = self.tokens(image)
+        maps = []
+        for block in self.blocks:
+            tokens = block(tokens, self.prefix_count, grid)
+            maps.append(tokens[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1))
+        return maps
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The sequence (B, P + N, C) after the final norm."""
-        return self.norm(self.run(image)[0][-1])  # type: ignore[no-any-return]
+        tokens, grid = self.tokens(image)
+        for block in self.blocks:  # not over features(): a deep stack of maps would be kept alive
+            tokens = block(tokens, self.prefix_count, grid)
+        return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Class scores from the class token (or the mean of the grid tokens)."""
@@ -168,7 +166,7 @@ class Plain(nn.Module):
             tokens = tokens[:, 0]
         elif self.global_pool == "avg":
             tokens = tokens[:, self.prefix_count:].mean(1)
-        return self.head(tokens)  # type: ignore[no-any-return]
+        return self.head(tokens)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, *size) -> (B, classes)."""

@@ -23,7 +23,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))  # type: ignore[no-any-return]
+        return self.blocks(self.downsample(x))
 
 
 class Pyramid(nn.Module):
@@ -105,11 +105,14 @@ class Pyramid(nn.Module):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The last map after the final norm, (B, C, *grid)."""
-        return self.norm(self.features(image)[-1].movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+        x = self.stem(image)
+        for stage in self.stages:  # not over features(): the large maps of early stages would be kept alive
+            x = stage(x)
+        return self.norm(x).movedim(-1, 1)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Class scores from what `forward_features` gives."""
-        return self.head(features.movedim(1, -1))  # type: ignore[no-any-return]
+        return self.head(features.movedim(1, -1))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, *size) -> (B, classes)."""

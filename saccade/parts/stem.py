@@ -40,7 +40,7 @@ class PatchEmbed(nn.Module):
             image = pad_image(image, self.stride)
         else:
             image = at_least(image, self.proj.kernel_size[0] - 2 * self.proj.padding[0], first=2)
-        return self.norm(self.proj(image).movedim(1, -1).contiguous())  # type: ignore[no-any-return]
+        return self.norm(self.proj(image).movedim(1, -1).contiguous())
 
 
 def pad_image(image: Tensor, multiple: int) -> Tensor:

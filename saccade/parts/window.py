@@ -83,7 +83,7 @@ class WindowAttention(nn.Module):
             return tokens, tokens
 
         out = attend(q, k, v, bias, where=where)
-        return self.proj(out.transpose(1, 2).reshape(G, N, C))  # type: ignore[no-any-return]
+        return self.proj(out.transpose(1, 2).reshape(G, N, C))
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib  # Python >= 3.11; the tests need it, the library does not
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib  # Python >= 3.11; the tests need it, the library does not
 import torch
 from torch import nn
 

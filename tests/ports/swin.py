@@ -6,10 +6,10 @@ from torch import nn
 
 from saccade import Site
 from saccade.core.keymap import Dropped
+from saccade.papers.swin import AUTHORS, ShiftedWindow, swin
 from saccade.parts.block import Block
 from saccade.parts.merging import PatchMerging
 from saccade.parts.window import WindowAttention
-from saccade.papers.swin import AUTHORS, TAPS, ShiftedWindow, swin
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 
 ATTENTION = (

@@ -1,0 +1,135 @@
+"""What can be had without training a network: simple classifiers on frozen features, on pixels, on nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+from saccade.core.optional import optional
+from saccade.learn.train import Recipe, outputs
+from saccade.learn.transforms import Squares
+
+if TYPE_CHECKING:
+    from saccade.learn.data import ImageSet, Split
+
+dummy = optional("sklearn.dummy", extra="train")
+linear_model = optional("sklearn.linear_model", extra="train")
+neighbors = optional("sklearn.neighbors", extra="train")
+pipeline = optional("sklearn.pipeline", extra="train")
+preprocessing = optional("sklearn.preprocessing", extra="train")
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # C of the linear classifier, strongest penalty first
+NEIGHBOURS = (1, 3, 5, 10, 20)
+PIXELS = 32  # side of the squares whose pixels are compared
+
+
+def extract(
+    model: nn.Module,
+    split: Split,
+    *,
+    img_size: int,
+    batch_size: int = 64,
+    mean: tuple[float, float, float] = Recipe.mean,
+    std: tuple[float, float, float] = Recipe.std,
+) -> Tensor:
+    """(N, D) float32: what the model, put in eval mode, hands to its classifier for each picture; the model is kept.
+
+    That is model(x) where num_classes is 0; else of a copy after `reset_classifier(0)`; else `forward_features(x)`,
+    averaged over the grid (B, D, *grid) or the tokens (B, N, D). Raises SaccadeError where a model has none of these.
+    """
+    if getattr(model, "num_classes", None) != 0:
+        if hasattr(model, "reset_classifier"):
+            model = deepcopy(model)
+            model.reset_classifier(0)  # type: ignore[operator]
+        elif hasattr(model, "forward_features"):
+            model = _Features(model)
+        else:
+            raise SaccadeError(f"{type(model).__name__} has no features to probe: build it with num_classes=0")
+    found = outputs(model, Squares(split, img_size), batch_size, mean, std)
+    return found if found.ndim == 2 else found.mean(1) if found.ndim == 3 else found.flatten(2).mean(2)
+
+
+def probe(
+    features_train: Tensor,
+    labels_train: list[int],
+    features_val: Tensor,
+    labels_val: list[int],
+    features_test: Tensor,
+) -> dict[str, Tensor]:
+    """Probabilities (N, classes) of the test pictures from features (N, D), by "linear" and by "knn".
+
+    Logistic regression on standardised features and cosine nearest neighbours, fitted on train; the penalty and the
+    number of neighbours are those with the highest accuracy on val. Raises SaccadeError where a feature is not finite.
+    """
+    train, val, test = (np.asarray(features, np.float32) for features in (features_train, features_val, features_test))
+    if not all(np.isfinite(features).all() for features in (train, val, test)):
+        raise SaccadeError("the features to probe are not all finite: the model's weights are broken or do not fit it")
+    linear = (
+        pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(C=C, max_iter=1000))
+        for C in PENALTIES
+    )
+    return {
+        "linear": _best(linear, train, labels_train, val, labels_val, test),
+        "knn": _best(_neighbours("cosine", len(train)), train, labels_train, val, labels_val, test),
+    }
+
+
+def reference_predictions(images: ImageSet) -> dict[str, Tensor]:
+    """Probabilities (N, classes) of the test pictures by what any network must beat: "majority" and "pixel knn".
+
+    "majority" answers with the frequencies of the classes in train; "pixel knn" compares 32 x 32 pixels by their
+    Euclidean distance, its number of neighbours chosen on val.
+    """
+    train, val, test = (
+        torch.cat([pixels for pixels, _ in Squares(split, PIXELS).loader(256)]).flatten(1).numpy().astype(np.float32)
+        for split in (images.train, images.val, images.test)
+    )
+    known, held_out = images.train.labels, images.val.labels
+    return {
+        "majority": _best([dummy.DummyClassifier()], train, known, val, held_out, test),
+        "pixel knn": _best(_neighbours("euclidean", len(train)), train, known, val, held_out, test),
+    }
+
+
+class _Features(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_features(image)  # type: ignore[operator]
+        return features
+
+
+def _neighbours(metric: str, known: int) -> list[Any]:
+    return [
+        neighbors.KNeighborsClassifier(count, weights="distance", metric=metric)
+        for count in NEIGHBOURS
+        if count <= known
+    ]
+
+
+def _best(
+    candidates: Iterable[Any],
+    train: NDArray[np.float32],
+    labels_train: list[int],
+    val: NDArray[np.float32],
+    labels_val: list[int],
+    test: NDArray[np.float32],
+) -> Tensor:
+    """(N, classes): the test probabilities of the first candidate that no other beats on val."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")  # a weak penalty; val judges the result
+        fitted = [candidate.fit(train, labels_train) for candidate in candidates]
+    best = max(fitted, key=lambda candidate: candidate.score(val, labels_val))
+    probabilities = torch.zeros(len(test), max(*labels_train, *labels_val) + 1)
+    probabilities[:, torch.from_numpy(best.classes_)] = torch.from_numpy(best.predict_proba(test)).float()
+    return probabilities

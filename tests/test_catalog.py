@@ -1,0 +1,58 @@
+"""Cards, the generated tables and the mission's list agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saccade import create_model
+from saccade.core.index import index
+from saccade.tools.catalog import build_index, cards, generated, systems
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_nothing_generated_is_stale():
+    assert [path.name for path, text in generated() if path.read_text(encoding="utf-8") != text] == []
+
+
+def test_every_claimed_system_is_of_the_mission_and_claimed_once():
+    slugs = [row["slug"] for row in systems()]
+    assert len(slugs) == len(set(slugs)) == 248
+    claims = [slug for card in cards().values() for slug in card.systems]
+    assert set(claims) <= set(slugs)
+    assert len(claims) == len(set(claims))
+
+
+@pytest.mark.parametrize("paper", cards())
+def test_proofs_exist(paper):
+    card = cards()[paper]
+    assert all((ROOT / "tests" / "goldens" / f"{golden}.json").exists() for golden in card.goldens)
+    assert all((ROOT / test).exists() for test in card.tests)
+
+
+@pytest.mark.parametrize("name", sorted(name for card in build_index()["papers"].values() for name in card["params"]))
+def test_published_parameter_counts(name):
+    """What the paper's table says, within its rounding (2 %)."""
+    import torch
+
+    with torch.device("meta"):
+        model = create_model(name)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    paper = index()["papers"][index()["models"][name]]["params"][name]
+    assert count == pytest.approx(paper, rel=0.02)
+
+
+def test_public_names_and_commands_are_a_visible_act():
+    """Edit tests/surface.json in the same change that adds or removes a public name, a command or an option."""
+    import saccade
+    from saccade.cli import app
+
+    commands = {}
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        commands[name] = [key for key in command.callback.__annotations__ if key != "return"]
+    surface = {"names": sorted(saccade.__all__), "commands": commands}
+    assert surface == json.loads((ROOT / "tests" / "surface.json").read_text(encoding="utf-8"))
