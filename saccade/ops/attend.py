@@ -9,15 +9,23 @@ from saccade.core.record import Where, note, recording
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, where: Where | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    where: Where | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """out = softmax(scale q k^T + bias) v, over the last but one axis of k and v.
 
     q (B, h, Nq, d), k (B, h, Nk, d), v (B, h, Nk, e), bias broadcastable to (B, h, Nq, Nk), added before the softmax;
-    scale defaults to d^-1/2. Fused (scaled_dot_product_attention) normally; while `record` watches, in the explicit form
-    with the same numbers. `where()` is asked only then: the token numbers ((G, Nq), (G, Nk)) of rows and columns, where
-    the leading axis B is images x G, and -1 stands for padding.
+    scale defaults to d^-1/2. Fused (scaled_dot_product_attention) normally; while `record` watches, in the explicit
+    form with the same numbers. `where()` is asked only then: the token numbers ((G, Nq), (G, Nk)) of rows and columns,
+    where the leading axis B is images x G, and -1 stands for padding.
     """
+    if bias is not None and bias.ndim == 3:
+        bias = bias[None]  # with three axes the fused kernel of the CPU takes up to twice as long
     if not recording():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)

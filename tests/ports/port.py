@@ -73,7 +73,7 @@ def errors(port: Port, golden: Golden) -> dict[str, float]:
     state, inputs = make_state(golden), make_inputs(golden)
     dtype = next((value.dtype for value in inputs.values() if value.is_floating_point()), torch.float32)
     module = port.module.to(dtype).eval()
-    leaves = {name: value.to(dtype).requires_grad_() for name, value in state.items()}
+    leaves = {name: value.to(dtype).requires_grad_(name in golden["grads"]) for name, value in state.items()}
     points = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
     ours = port.rename(leaves)
     expected = set(module.state_dict()) - {name for name in module.state_dict() if name.endswith("num_batches_tracked")}

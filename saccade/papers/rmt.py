@@ -1,0 +1,282 @@
+"""RMT: attention that fades with the Manhattan distance.
+
+What retention's decay is to a sentence, a decay a head and step on the grid is to an image: with a head's
+gamma = 1 - 2^(-initial - span head / heads) and D[i, j] = |y_i - y_j| + |x_i - x_j|,
+    out = proj(softmax(q k^T / sqrt(d) + D log gamma) v + conv(v)),
+so heads see from a few tokens to the whole map. q and k are turned by angles that grow with the token's number (rotary
+position); conv is a 5x5 depthwise convolution (local context enhancement). D is a sum over axes, so early stages take
+them apart: attention along each row with its part of D, then, on what that gave, along each column.
+
+Fan et al., "RMT: Retentive Networks Meet Vision Transformers", 2023, sections 3.2-3.3.
+
+Any grid, without padding. Quirks kept: the paper multiplies softmax weights by gamma^D, the authors' models add its
+logarithm to the logits; angles follow the row-major number of a token, for both axes alike; both passes of the
+decomposed form take the same q and k; rmt_t decomposes its first two stages only (2.64 G multiply-adds for the paper's
+2.5). Only the settings of rmt_t are proven by a golden; those of the others give the published numbers of parameters,
+and 6 to 7 % more multiply-adds than published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import log1p, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
+from saccade.core.keymap import Dropped, KeyMap
+from saccade.core.site import Site
+from saccade.ops.attend import attend
+from saccade.ops.tables import table
+from saccade.parts.attention import check_heads
+from saccade.parts.block import Block
+from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.head import Head
+from saccade.parts.mlp import Gelu
+from saccade.parts.norm import BatchNorm
+from saccade.parts.pyramid import Pyramid
+from saccade.parts.tokens import global_tokens
+
+_PUBLISHED = ("rmt_t", "rmt_s", "rmt_b", "rmt_l")
+
+CARD = Card(
+    "RMT: Retentive Networks Meet Vision Transformers",
+    authors="Fan, Huang, Chen, Liu, He",
+    year=2023,
+    systems=("rmt",),
+    arxiv="2309.11523",
+    code="qhfan/RMT@32ea214",
+    licence="unknown",
+    read="paper",
+    keywords="Manhattan self-attention, MaSA, spatial decay, retention, axial decomposition, rotary position, "
+             "local context enhancement",
+    kinds=("backbone", "mixer"),
+    mixers={"manhattan": "ManhattanAttention"},
+    params=dict(zip(_PUBLISHED, (14e6, 27e6, 54e6, 95e6), strict=True)),
+    macs=dict(zip(_PUBLISHED, (2.5e9, 4.5e9, 9.7e9, 18.2e9), strict=True)),
+    top1=dict(zip(_PUBLISHED, (82.4, 84.1, 85.0, 85.5), strict=True)),
+    goldens=("rmt_t", "op_rmt_masa_decomposed", "op_rmt_masa_full"),
+    tests=("tests/papers/test_rmt.py",),
+)
+
+Grid = tuple[int, ...]
+
+
+class ManhattanAttention(nn.Module):
+    """out = proj(softmax(q k^T / sqrt(d) + D log gamma) v + conv(v)), D the Manhattan distance, q and k rotated.
+
+    (B, *grid, C) -> (B, *grid, C). gamma = 1 - 2^(-initial - span head / heads). Where `decomposed`, attention runs
+    along the last axis, then on its result along the one before, and so on; what `record` sums is then not the weight
+    of token j in token i but the passes: a cross through i, each arm with the weights of its line; rows sum to the
+    number of axes. Raises SaccadeError where the heads do not divide the width into even parts, or a decay is not
+    above 0.
+    """
+
+    ranks, weights = (1, 2, 3), True
+    template = ("qkv", "proj")
+
+    def __init__(self, site: Site, decomposed: bool = True, initial: float = 2, span: float = 4) -> None:
+        super().__init__()
+        if check_heads(site) % 2:
+            raise SaccadeError(f"{site.heads} heads of {site.dim} channels: rotation takes pairs, so give even heads")
+        if min(initial, initial + span) <= 0:
+            raise SaccadeError(f"initial={initial}, span={span}: initial and initial + span must be above 0")
+        self.heads, self.decomposed = site.heads, decomposed
+        self.decays = tuple(log1p(-(2.0 ** (-initial - span * head / site.heads))) for head in range(site.heads))
+        self.qkv = nn.Linear(site.dim, 3 * site.dim)
+        self.local = depthwise(site.rank, site.dim, 5)
+        self.proj = nn.Linear(site.dim, site.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:-1])
+        qkv = self.qkv(x)
+        parts = qkv.unflatten(-1, (3, self.heads, -1))  # (B, *grid, 3, heads, d)
+        q, k = rotate(parts[..., :2, :, :]).unbind(-3)
+        v = parts[..., 2, :, :]
+        if self.decomposed:
+            for axis in reversed(range(len(grid))):
+                v = self.along(axis, grid, q, k, v)
+        else:
+            tokens = (part.flatten(1, -3) for part in (q, k, v))
+            v = self.attend(grid, lambda: global_tokens(prod(grid), x.device), *tokens)
+        return self.proj(self.local(qkv.chunk(3, -1)[2]) + v.reshape(x.shape))
+
+    def along(self, axis: int, grid: Grid, *qkv: Tensor) -> Tensor:
+        """Attention inside each line of an axis: q, k, v (B, *grid, heads, d) -> (B, *grid, heads, d)."""
+        moved = [part.movedim(axis + 1, -3) for part in qkv]
+        lines = [part.flatten(0, -4) for part in moved]  # (B lines, side, heads, d)
+        out = self.attend((grid[axis],), lambda: line_tokens(grid, axis, qkv[0].device), *lines)
+        return out.unflatten(0, moved[0].shape[:-3]).movedim(-3, axis + 1)
+
+    def attend(self, sides: Grid, where: Any, *qkv: Tensor) -> Tensor:
+        """Decaying attention among the tokens of `sides`: q, k, v (G, N, heads, d) -> (G, N, heads, d)."""
+        q, k, v = (part.transpose(1, 2) for part in qkv)
+        return attend(q, k, v, fading(self.decays, sides, q.device, q.dtype), where=where).transpose(1, 2)
+
+    def reach(self, site: Site) -> None:
+        """Every token reaches every other, in the decomposed form by way of the token where their lines cross."""
+        return None
+
+    def cost(self, site: Site, grid: Grid) -> int:
+        """Multiply-adds of N tokens and M keys a query (N, or a line of each axis): projections 4 N C^2, attention
+        2 N M C, convolution N C 5^rank.
+        """
+        keys = sum(grid) if self.decomposed else prod(grid)
+        return prod(grid) * site.dim * (4 * site.dim + 2 * keys + 5 ** len(grid))
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Turn the pairs (x0, x1), (x2, x3), ... of each token by its angles: (B, *grid, 2, heads, d) -> the same."""
+    pairs = x.unflatten(-1, (-1, 2))
+    turn = rotation(tuple(x.shape[1:-3]), x.shape[-1] // 2, x.device, x.dtype)
+    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        # One product of complex numbers takes a quarter of the time of the six passes below.
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+@table
+def rotation(grid: Grid, pairs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(*grid, 1, 1, pairs, 2) cosine and sine of n 10000^(-i / (pairs - 1)) for the i-th pair of the n-th token.
+
+    (Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023, section 2.1.)
+    """
+    angle = torch.arange(prod(grid), device=device)[:, None] * 10000 ** -torch.linspace(0, 1, pairs, device=device)
+    return torch.stack([angle.cos(), angle.sin()], -1).to(dtype).view(*grid, 1, 1, pairs, 2)
+
+
+@table
+def fading(decays: tuple[float, ...], sides: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, heads, N, N) Manhattan distances on a grid of `sides`, times the logarithm of each head's decay."""
+    places = [torch.arange(side, device=device) for side in sides]
+    places = [place.flatten() for place in torch.meshgrid(*places, indexing="ij")]
+    distance = torch.stack([(place[:, None] - place).abs() for place in places]).sum(0)
+    return (torch.tensor(decays, device=device, dtype=dtype).view(1, -1, 1, 1) * distance).to(dtype)
+
+
+@table
+def line_tokens(grid: Grid, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token numbers (lines, side) of queries and keys of each line of an axis."""
+    tokens = torch.arange(prod(grid), device=device).view(grid).movedim(axis, -1).reshape(-1, grid[axis])
+    return tokens, tokens
+
+
+class LocalMlp(nn.Module):
+    """fc2(h + conv(h)), h = gelu(fc1(x)), conv a 3x3 depthwise convolution: (B, *grid, C) -> (B, *grid, C)."""
+
+    def __init__(self, rank: int, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.activation = Gelu()
+        self.local = depthwise(rank, hidden, 3)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.fc1(x))
+        return self.fc2(self.local(hidden) + hidden)
+
+
+class Stem(nn.Sequential):
+    """Two 3x3 convolutions for each halving, the first of stride 2: (B, C, *size) -> (B, *ceil(size / patch), dim)."""
+
+    def __init__(self, rank: int, in_chans: int, dim: int, patch: int = 4) -> None:
+        halvings = patch.bit_length() - 1
+        widths = [in_chans, *(dim // 2 ** (halvings - 1 - step // 2) for step in range(2 * halvings))]
+        layers = [layer for step, sizes in enumerate(zip(widths, widths[1:], strict=False))
+                  for layer in (*convolution(rank, *sizes, stride=2 - step % 2), Gelu())]
+        super().__init__(*layers[:-1])
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.movedim(1, -1).contiguous())
+
+
+def convolution(rank: int, dim: int, out_dim: int, stride: int = 2) -> tuple[nn.Module, nn.Module]:
+    """A 3x3 convolution and a batch norm."""
+    return grid_conv(rank, dim, out_dim, 3, stride=stride, padding=1), BatchNorm(out_dim)
+
+
+def head_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> Head:
+    """A head on the projected map, whatever the width `dim` of the last stage."""
+    return Head(width, num_classes, global_pool)
+
+
+_SMALL: dict[str, Any] = dict(dims=(64, 128, 256, 512), heads=(4, 4, 8, 16))
+_DEEP: dict[str, Any] = dict(depths=(4, 8, 25, 8), ratios=(4, 4, 3, 3), layer_scales=(None, None, 1e-6, 1e-6))
+SIZES: dict[str, dict[str, Any]] = {
+    "rmt_t": _SMALL | dict(depths=(2, 2, 8, 2), decomposed=(True, True, False, False)),
+    "rmt_s": _SMALL | dict(depths=(3, 4, 18, 4), ratios=(4, 4, 3, 3)),
+    "rmt_b": _DEEP | dict(dims=(80, 160, 320, 512), heads=(5, 5, 10, 16), spans=(5, 5, 6, 6)),
+    "rmt_l": _DEEP | dict(dims=(112, 224, 448, 640), heads=(7, 7, 14, 20), spans=(6, 6, 6, 6)),
+    "rmt_nano": dict(dims=(32, 64, 128), depths=(1, 2, 2), heads=(2, 4, 8), decomposed=(True, True, False),
+                     projection=128, patch=2, img_size=32),
+}
+
+
+def rmt(
+    dims: Sequence[int],
+    depths: Sequence[int],
+    heads: Sequence[int],
+    ratios: Sequence[float] = (3, 3, 3, 3),
+    initials: Sequence[float] = (2, 2, 2, 2),
+    spans: Sequence[float] = (4, 4, 6, 6),
+    decomposed: Sequence[bool] = (True, True, True, False),
+    layer_scales: Sequence[float | None] = (None, None, None, None),
+    projection: int = 1024,
+    patch: int = 4,
+    mixer: Any = None,
+    **common: Any,
+) -> Pyramid:
+    """An RMT of a size; the sequences have one entry a stage. `patch`, the stem's stride, is a power of two.
+
+    The head projects the map to `projection` channels before it pools, so that is what `forward_features` gives.
+    """
+
+    def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
+        return Block(
+            site, mixer, drop_path=drop_path, mlp=lambda dim: LocalMlp(site.rank, dim, ratios[site.stage]),
+            layer_scale=layer_scales[site.stage], position=depthwise(site.rank, site.dim, 3),
+        )
+
+    model = Pyramid(
+        dims, depths, heads, stem=partial(Stem, patch=patch), stride=patch,
+        downsample=lambda *sizes: nn.Sequential(*convolution(*sizes)), block=block,
+        mixer=[partial(ManhattanAttention, decomposed=apart, initial=initial, span=span)
+               for apart, initial, span in zip(decomposed, initials, spans, strict=False)],
+        norm=lambda dim: nn.Sequential(nn.Linear(dim, projection), BatchNorm(projection), nn.SiLU()),
+        head=partial(head_on, projection), replace=mixer, **common,
+    )
+    model.num_features = projection
+    return model
+
+
+MIXER: KeyMap = (
+    *((rf"{letter}_proj\.(.*)", rf"qkv.\1#{part}") for part, letter in enumerate("qkv")),
+    (r"lepe\.conv\.(.*)", r"local.\1"),
+    (r"out_proj\.(.*)", r"proj.\1"),
+)
+_BLOCK = r"layers\.(\d+)\.blocks\.(\d+)\."
+AUTHORS: KeyMap = (
+    Dropped(r"layers\.\d+\.Relpos\.(angle|decay)", "derived buffer"),
+    *((_BLOCK + rf"retention\.{rule[0]}", r"stages.\1.blocks.\2.mixer." + str(rule[1]).replace(r"\1", r"\3"))
+      for rule in MIXER),
+    (_BLOCK + r"retention_layer_norm\.(.*)", r"stages.\1.blocks.\2.norm1.\3"),
+    (_BLOCK + r"final_layer_norm\.(.*)", r"stages.\1.blocks.\2.norm2.\3"),
+    (_BLOCK + r"ffn\.dwconv\.conv\.(.*)", r"stages.\1.blocks.\2.mlp.local.\3"),
+    (_BLOCK + r"ffn\.(.*)", r"stages.\1.blocks.\2.mlp.\3"),
+    (_BLOCK + r"pos\.conv\.(.*)", r"stages.\1.blocks.\2.position.\3"),
+    (_BLOCK + r"gamma_(\d)", r"stages.\1.blocks.\2.scale\3.0.gamma", torch.flatten),
+    *((rf"layers\.{stage}\.downsample\.{theirs}\.(.*)", rf"stages.{stage + 1}.downsample.{ours}.\1")
+      for stage in range(3) for ours, theirs in enumerate(("reduction", "norm"))),
+    (r"patch_embed\.proj\.(.*)", r"stem.\1"),
+    (r"proj\.(.*)", r"norm.0.\1"),
+    (r"norm\.(.*)", r"norm.1.\1"),
+    (r"head\.(.*)", r"head.fc.\1"),
+)
+# The authors' stage outputs are taken after the downsampling that follows.
+TAPS = {r"stage([123])": r"stages.\1.downsample", "stage4": "stages.3"}
