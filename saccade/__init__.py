@@ -8,10 +8,11 @@ from saccade.core.index import find, list_mixers, list_models
 from saccade.core.load import LoadReport, load
 from saccade.core.record import record
 from saccade.core.site import Site
+from saccade.integrations.slot import swap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoadReport", "SaccadeError", "Site", "create_mixer", "create_model", "find", "info", "list_mixers", "list_models",
-    "load", "record",
+    "load", "record", "swap",
 ]

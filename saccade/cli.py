@@ -13,7 +13,7 @@ from rich.table import Table
 
 import saccade
 from saccade.core.errors import SaccadeError
-from saccade.core.index import index, list_mixers, list_models, resolve_model
+from saccade.core.index import index, list_mixers, list_models, paper_module, resolve_model
 
 app = typer.Typer(
     help="Vision backbones and attention, checked against their authors' code.", no_args_is_help=True,
@@ -22,7 +22,9 @@ app = typer.Typer(
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Data = Annotated[str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles or digits.")]
+Data = Annotated[
+    str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles or digits.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error instead of skipped.")]
 
 
@@ -94,7 +96,9 @@ def find(words: Annotated[list[str], typer.Argument(help="Words of a mechanism, 
 @app.command()
 def info(
     name: Annotated[str, typer.Argument(help="A model, mixer or paper.")],
-    size: Annotated[int, typer.Option(help="Image side in pixels, for shapes and multiply-adds; 0: the model's own.")] = 0,
+    size: Annotated[
+        int, typer.Option(help="Image side in pixels, for shapes and multiply-adds; 0: the model's own.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Paper, shapes, parameters, multiply-adds, how it was verified and which checkpoints load."""
@@ -125,10 +129,10 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     from saccade.core.load import key_maps
     from saccade.tools.measure import count_macs
 
-    options = {"img_size": size} if size else {}
+    options: dict[str, Any] = {"img_size": size} if size else {}
     model = saccade.create_model(name, **options).eval()
     maps = saccade.create_model(name, features_only=True, **options).feature_info
-    native = size or saccade.core.index.paper_module(index()["models"][name]).SIZES[name].get("img_size", 224)
+    native = size or paper_module(index()["models"][name]).SIZES[name].get("img_size", 224)
     macs = count_macs(model, (torch.zeros(1, 3, native, native),))
     weights = card["weights"].get(name)
     return {
@@ -151,7 +155,9 @@ def compare(
         "swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano",
     img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
     epochs: Annotated[int | None, typer.Option(help="Epochs for each.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Wall time for all, as in 90s, 10m, 1h, instead of epochs.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time for all, as in 90s, 10m, 1h, instead of epochs.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each contestant.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Folder for results, report and weights.")] = None,
     mixers: Annotated[str, typer.Option(help="Every model also with each of these mixers, with commas between.")] = "",
@@ -281,11 +287,12 @@ def export(
         model, side = run.model, size or run.img_size
     else:
         model = saccade.create_model(what, checkpoint_path=checkpoint)
-        settings = saccade.core.index.paper_module(index()["models"][resolve_model(what)]).SIZES[resolve_model(what)]
+        settings = paper_module(index()["models"][resolve_model(what)]).SIZES[resolve_model(what)]
         side = size or settings.get("img_size", 224)
     with console.status(f"exporting {what}"):
         found = export_onnx(model, onnx, side)
-    console.print(f"{onnx}: " + ", ".join(f"{name} differs by {value:.0e}" for name, value in found.items()), markup=False)
+    differences = ", ".join(f"{name} differs by {value:.0e}" for name, value in found.items())
+    console.print(f"{onnx}: {differences}", markup=False)
 
 
 @app.command()

@@ -58,7 +58,7 @@ def test_declared_multiply_adds(name):
 
 @pytest.mark.parametrize("name", [name for name in PATHS if not name.startswith("op_")])
 def test_authors_pth_file(name, tmp_path):
-    """The same checkpoint as the authors' .pth, wrapped, with settings beside it that only their code could unpickle."""
+    """The same checkpoint as the authors' .pth, wrapped, beside settings that only their code could unpickle."""
     import argparse
 
     from saccade import create_model

@@ -52,7 +52,7 @@ def test_no_file_is_over_400_lines(path):
 
 def test_importing_pulls_in_no_optional_package_and_no_paper():
     code = ("import sys, saccade; print(*sorted(m for m in sys.modules if m.split('.')[0] in "
-            "('timm', 'torchvision', 'lightning', 'torchmetrics', 'sklearn', 'skimage', 'plotly', 'onnx', 'onnxruntime', "
-            "'transformers', 'typer', 'rich') or m.startswith('saccade.papers.')))")
+            "('timm', 'torchvision', 'lightning', 'torchmetrics', 'sklearn', 'skimage', 'plotly', 'onnx', "
+            "'onnxruntime', 'transformers', 'typer', 'rich') or m.startswith('saccade.papers.')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from saccade.core.errors import SaccadeError
-from saccade.core.features import FeaturesOnly
+from saccade.core.features import Backbone, FeaturesOnly
 from saccade.core.index import index, mixer_paper, model_paper, paper_module, resolve_model
 from saccade.core.load import load
 from saccade.core.names import closest, matching
@@ -34,7 +34,7 @@ def create_model(
     out_indices: Sequence[int] | None = None,
     mixer: MixerSpec | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Backbone:
     """Build a registered model: `create_model("biformer_tiny", num_classes=10, img_size=(192, 256))`.
 
     Options that all models know: num_classes (0: no head), in_chans, img_size (the native grid; any size runs),
@@ -54,7 +54,7 @@ def create_model(
     _check_options(name, builder, settings)
     if features_only:
         settings["num_classes"] = 0
-    model: nn.Module = builder(**settings)
+    model: Backbone = builder(**settings)
     model.name = name
     if features_only:
         model = FeaturesOnly(model, out_indices)

@@ -1,4 +1,4 @@
-"""What the library knows of a paper, as data: the source of `list`, `find`, `info`, the README's table and the tests."""
+"""What the library knows of a paper, as data: the source of `list`, `find`, `info`, the README's table, the tests."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade.core.checkpoint import read_checkpoint
 from saccade.core.errors import SaccadeError
+from saccade.core.features import FeaturesOnly
 from saccade.core.index import model_paper, paper_module
 from saccade.core.keymap import KeyMap, Renamed, rename
 from saccade.core.names import matching
@@ -48,7 +49,7 @@ def load(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor], fresh:
     name = getattr(model, "name", None)
     if not isinstance(name, str):
         raise SaccadeError(f"{type(model).__name__} was not made by create_model: its checkpoint layouts are unknown")
-    inner = model.model if hasattr(model, "out_indices") and isinstance(getattr(model, "model", None), nn.Module) else model
+    inner = model.model if isinstance(model, FeaturesOnly) else model
     state = read_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else dict(checkpoint)
     target = inner.state_dict()
     layout, renamed = _recognise(state, target, key_maps(name))
@@ -144,7 +145,7 @@ def _refit(model: nn.Module, key: str, value: Tensor, target: Tensor) -> Tensor 
 
 
 def _input_channels(weight: Tensor, channels: int) -> Tensor:
-    """First convolution for another number of input channels: summed for one, else repeated and scaled to keep the sum."""
+    """First convolution for another number of input channels: summed for one, else repeated, its sum kept."""
     if channels == 1:
         return weight.sum(1, keepdim=True)
     repeats = -(-channels // weight.shape[1])

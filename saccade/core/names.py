@@ -24,7 +24,8 @@ def match_modules(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     found = matching(names, pattern)
     if not found:
-        raise SaccadeError(f"the pattern {pattern!r} matches no module of {type(model).__name__}{closest(pattern, names)}")
+        kind = type(model).__name__
+        raise SaccadeError(f"the pattern {pattern!r} matches no module of {kind}{closest(pattern, names)}")
     return found
 
 

@@ -117,7 +117,7 @@ def note(weights: Tensor, where: Where | None = None) -> None:
 
 @contextmanager
 def record(model: nn.Module, layers: str = "*") -> Iterator[Recording]:
-    """Record the weights of the modules of `model` that the pattern `layers` names, for the forwards inside the block."""
+    """Record the weights of the modules of `model` that the pattern `layers` names, in forwards inside the block."""
     result = Recording()
 
     def enter(name: str) -> Callable[..., None]:

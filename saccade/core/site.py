@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Site:
-    """What a token mixer may know of its place: alternating shift, per-block dilation and per-stage top-k follow from it.
+    """What a token mixer may know of its place: alternating shift, dilation a block and top-k a stage follow from it.
 
     `index` counts blocks within the stage, `stride` is in pixels of the image, and `grid` is the native grid, the one
     at the model's `img_size`: a mixer must run on any other, but sizes its tables by this one.

@@ -56,7 +56,9 @@ def train(
     From a checkpoint everything but the head is loaded (`fresh` says otherwise).
     """
     images = open_images(data, seed=0, strict=strict)
-    options = {"num_classes": len(images.classes), "img_size": recipe.img_size, "drop_path_rate": recipe.drop_path_rate}
+    options: dict[str, Any] = {
+        "num_classes": len(images.classes), "img_size": recipe.img_size, "drop_path_rate": recipe.drop_path_rate,
+    }
 
     def make() -> nn.Module:
         if checkpoint is None:
@@ -80,7 +82,9 @@ def open_run(folder: Path) -> Run:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         name, options, classes = card["model"], card["options"], card["classes"]
     except (OSError, ValueError, KeyError) as error:
-        raise SaccadeError(f"{folder} holds no finished run ({CARD} is missing or broken): `saccade train` makes one") from error
+        raise SaccadeError(
+            f"{folder} holds no finished run ({CARD} is missing or broken): `saccade train` makes one"
+        ) from error
     model = create_model(name, **options)
     load(model, folder / WEIGHTS)
     return Run(model.eval(), name, classes, options["img_size"], tuple(card["mean"]), tuple(card["std"]))
@@ -104,7 +108,9 @@ def predict(folder: Path, pictures: Sequence[Path], top: int = 5) -> list[dict[s
         try:
             squares.append(transform(read_image(path)))
         except OSError as error:
-            raise SaccadeError(f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP or TIFF file") from error
+            raise SaccadeError(
+                f"{path} cannot be read as an image ({error}): give a PNG, JPEG, WebP or TIFF file"
+            ) from error
     with torch.no_grad():
         chances = run.model(normalise(torch.stack(squares), run.mean, run.std)).softmax(-1)
     return [{"path": str(path), "classes": _ranked(chance, run.classes, top)}

@@ -29,12 +29,13 @@ class Axis(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The same for a grid, flattened in row-major order: the product of its axes."""
+    """The same for a grid of N tokens (the product of its axes, row-major) and B images, one after another."""
 
-    query: Tensor  # (T, Q)
-    key: Tensor  # (T, K)
-    slot: Tensor  # (N,) place of each token among the T x Q queries
-    kind: Tensor  # (T,)
+    shape: tuple[int, int, int]  # T tiles an image, Q, K
+    query: Tensor  # (B T Q,) the token of each query
+    key: Tensor  # (B T K,)
+    slot: Tensor  # (B N,) place of each token among the queries
+    kind: Tensor  # (B T,)
     mask: Tensor  # (kinds, 1, Q, K) 0 or -inf
     shift: Tensor  # (Q, K)
 
@@ -65,8 +66,8 @@ def neighborhood_attention(
     kernels, dilations = _checked(q, k, v, kernel, dilation, bias)
     B, *grid, h, d = q.shape
     rank = len(grid)
-    tiles = _tiles(tuple(grid), kernels, dilations, q.dtype, q.device)
-    (T, Q), K, N = tiles.query.shape, tiles.key.shape[1], tiles.slot.shape[0]
+    tiles = _tiles(B, tuple(grid), kernels, dilations, q.dtype, q.device)
+    T, Q, K = tiles.shape
     whole = isinstance(T, int) and T == 1  # one tile holds all tokens in their order: nothing to fetch
     logits = tiles.mask
     if bias is not None:
@@ -74,22 +75,20 @@ def neighborhood_attention(
     if whole:
         q, k, v = (x.flatten(1, rank) for x in (q, k, v))
     else:
-        # Images in one axis with their tokens: index_select reads a strided view as it is only along the first axis.
-        image = torch.arange(B, device=q.device)[:, None]
-        query, key = ((image * N + index.flatten()).flatten() for index in (tiles.query, tiles.key))
-        slot = (image * (T * Q) + tiles.slot).flatten()
-        q = q.flatten(0, rank).index_select(0, query).view(B * T, Q, h, d)
-        k, v = (x.flatten(0, rank).index_select(0, key).view(B * T, K, h, d) for x in (k, v))
-        logits = logits.index_select(0, tiles.kind.repeat(B))
+        q = q.flatten(0, rank).index_select(0, tiles.query).view(B * T, Q, h, d)
+        k, v = (x.flatten(0, rank).index_select(0, tiles.key).view(B * T, K, h, d) for x in (k, v))
+        logits = logits.index_select(0, tiles.kind)
 
     def where() -> tuple[Tensor, Tensor]:
-        answered = torch.full((T * Q,), -1, device=q.device)  # the repeated queries stay so
-        return answered.scatter(0, tiles.slot, torch.arange(N, device=q.device)).view(T, Q), tiles.key
+        N = prod(grid)
+        query = torch.full((T * Q,), -1, device=q.device)  # what a tile asks again stays so
+        query = query.scatter(0, tiles.slot[:N].long(), torch.arange(N, device=q.device))
+        return query.view(T, Q), tiles.key[: T * K].view(T, K).long()
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = attend(q, k, v, logits, where=where, scale=scale).transpose(1, 2)
     if not whole:
-        out = out.reshape(B * T * Q, h, d).index_select(0, slot)
+        out = out.reshape(B * T * Q, h, d).index_select(0, tiles.slot)
     return out.reshape(B, *grid, h, d)
 
 
@@ -116,13 +115,13 @@ def _checked(
 
 @table
 def _tiles(
-    grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    B: int, grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype,
+    device: torch.device,
 ) -> Tiles:
     sizes = _tile_sizes(grid, kernel, dilation)
-    axes = [_axis(*of_axis, device) for of_axis in zip(grid, kernel, dilation, sizes, strict=True)]
-    first = axes[0]
+    first, *others = [_axis(*of_axis, device) for of_axis in zip(grid, kernel, dilation, sizes, strict=True)]
     query, key, tile, row, kind, seen, shift = first
-    for size, window, axis in zip(grid[1:], kernel[1:], axes[1:], strict=True):
+    for size, window, axis in zip(grid[1:], kernel[1:], others, strict=True):
         query = _outer(query * size, axis.query)
         key = _outer(key * size, axis.key)
         tile = (tile[:, None] * axis.query.shape[0] + axis.tile).flatten()
@@ -130,8 +129,17 @@ def _tiles(
         kind = (kind[:, None] * axis.seen.shape[0] + axis.kind).flatten()
         seen = _outer(seen, axis.seen)
         shift = _outer(shift[None] * (2 * window - 1), axis.shift[None])[0]
+    (T, Q), K, N = query.shape, key.shape[1], prod(grid)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
-    return Tiles(query, key, tile * query.shape[1] + row, kind, mask[:, None], shift)
+    image = torch.arange(B, device=device)[:, None]
+
+    def of_images(index: Tensor, stride: int) -> Tensor:
+        return (image * stride + index.flatten()).flatten().int()  # index_select reads these faster than int64
+
+    return Tiles(
+        (T, Q, K), of_images(query, N), of_images(key, N), of_images(tile * Q + row, T * Q), of_images(kind, 0),
+        mask[:, None], shift,
+    )
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

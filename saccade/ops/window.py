@@ -24,8 +24,8 @@ def merge(windows: Tensor, window: tuple[int, ...], grid: tuple[int, ...]) -> Te
     rank = len(window)
     counts = [size // part for size, part in zip(grid, window, strict=True)]
     x = windows.view(-1, *counts, *window, windows.shape[-1])
-    order = [0, *(axis for pair in zip(range(1, rank + 1), range(rank + 1, 2 * rank + 1), strict=True) for axis in pair)]
-    x = x.permute(*order, 2 * rank + 1).clone(memory_format=torch.contiguous_format)
+    order = [axis for number in range(1, rank + 1) for axis in (number, number + rank)]
+    x = x.permute(0, *order, 2 * rank + 1).clone(memory_format=torch.contiguous_format)
     return x.view(-1, *grid, windows.shape[-1])
 
 
@@ -48,7 +48,7 @@ def pad_end(x: Tensor, amounts: list[int]) -> Tensor:
 
 @table
 def relative_position_index(window: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N, N) rows of a bias table of prod(2 w - 1) entries: the offset query - key of each pair of a window's tokens."""
+    """(N, N) rows of a bias table of prod(2 w - 1) entries: the offset query - key of each pair of tokens."""
     axes = torch.meshgrid([torch.arange(side, device=device) for side in window], indexing="ij")
     index = torch.zeros(1, dtype=torch.long, device=device)
     for side, axis in zip(window, axes, strict=True):
@@ -58,8 +58,10 @@ def relative_position_index(window: tuple[int, ...], device: torch.device) -> Te
 
 
 @table
-def window_tokens(grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device) -> Tensor:
-    """(windows, N) number of the grid's token at each place of each window of the padded, shifted grid; -1 for padding."""
+def window_tokens(
+    grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """(windows, N) number of the token at each place of each window of the padded, shifted grid; -1 for padding."""
     padded = [side + (-side) % part for side, part in zip(grid, window, strict=True)]
     numbers = torch.arange(torch.Size(grid).numel(), device=device).view(1, *grid, 1) + 1
     numbers = pad_end(numbers, [full - side for full, side in zip(padded, grid, strict=True)]) - 1

@@ -7,8 +7,8 @@ where the depthwise convolution does. The isotropic form keeps one grid of 16x16
 
 Liu et al., "A ConvNet for the 2020s", 2022, section 2 and appendix A.
 
-Any grid: the depthwise convolution pads with zeros; between stages a last odd row or column is left out, as the authors'
-convolutions do.
+Any grid: the depthwise convolution pads with zeros; between stages a last odd row or column is left out, as the
+authors' convolutions do.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
 A Transformer block with its token mixer left open,
     x += gamma1 mix(norm(x));   x += gamma2 mlp(norm(x)),
-works even when mixing is average pooling without a single parameter, mix(x) = pool3x3(x) - x (PoolFormer), or nothing at
-all (the `id` model). Mixed stages show what attention adds at the end: the letters of `metaformer_ppaa_s12` are the mixers
-of the four stages, p pooling, a attention, f a linear layer over positions.
+works even when mixing is average pooling without a single parameter, mix(x) = pool3x3(x) - x (PoolFormer), or nothing
+at all (the `id` model). Mixed stages show what attention adds at the end: the letters of `metaformer_ppaa_s12` are the
+mixers of the four stages, p pooling, a attention, f a linear layer over positions.
 
 Yu et al., "MetaFormer Is Actually What You Need for Vision", 2022, section 3.
 
-Pooling averages over the neighbours inside the map (padding is not counted). Models with attention add a learned position
-before their first stage with it, resampled (bicubic) off the native grid; the linear layer over positions is resampled on
-both its axes, rows kept in sum.
+Pooling averages over the neighbours inside the map (padding is not counted). Models with attention add a learned
+position before their first stage with it, resampled (bicubic) off the native grid; the linear layer over positions is
+resampled on both its axes, rows kept in sum.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1
-from saccade.core.site import Site
+from saccade.core.site import MixerFactory, Site
 from saccade.parts.attention import Attention
 from saccade.parts.block import Block, Norm
 from saccade.parts.convolution import grid_conv
@@ -52,7 +52,8 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (11.9e6, 21.4e6, 30.8e6, 56.2e6, 73.5e6))),
     macs=dict(zip(_PUBLISHED, (1.8e9, 3.4e9, 5.0e9, 8.8e9, 11.6e9))),
     top1=dict(zip(_PUBLISHED, (77.2, 80.3, 81.4, 82.1, 82.5))),
-    aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12" for letters in ("pppa", "ppaa", "pppf", "ppff")},
+    aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12"
+             for letters in ("pppa", "ppaa", "pppf", "ppff")},
     weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},
     goldens=("poolformer_s12", "metaformer_ppaa_s12", "op_poolformer_block", "op_pooling_mixer"),
 )
@@ -153,7 +154,9 @@ class Downsample(nn.Sequential):
         super().__init__(grid_conv(rank, dim, out_dim, 3, stride=2, padding=1))
 
 
-MIXERS = {"p": Pooling, "a": partial(Attention, qkv_bias=False), "f": SpatialFc, "i": Identity}
+MIXERS: dict[str, MixerFactory] = {
+    "p": Pooling, "a": partial(Attention, qkv_bias=False), "f": SpatialFc, "i": Identity,
+}
 
 _S12: dict[str, Any] = dict(dims=(64, 128, 320, 512), depths=(2, 2, 6, 2))
 _M36: dict[str, Any] = dict(dims=(96, 192, 384, 768), depths=(6, 6, 18, 6), layer_scale=1e-6)
@@ -186,7 +189,8 @@ def metaformer(
 ) -> Pyramid:
     """A MetaFormer whose stages mix as `letters` say (p, a, f, i); heads of 32 channels where there is attention."""
     if norm not in NORMS or set(letters) - set(MIXERS):
-        raise SaccadeError(f"letters={letters!r}, norm={norm!r}: letters are of {''.join(MIXERS)}, norm of {list(NORMS)}")
+        known = f"letters are of {''.join(MIXERS)}, norm of {list(NORMS)}"
+        raise SaccadeError(f"letters={letters!r}, norm={norm!r}: {known}")
     mixers = [partial(Pooling, kernel=pool) if letter == "p" else MIXERS[letter] for letter in letters]
     model = Pyramid(
         dims, depths, [max(dim // 32, 1) for dim in dims],
@@ -195,7 +199,7 @@ def metaformer(
         mixer=mixers, norm=NORMS[norm], replace=mixer, **common,
     )
     if "a" in letters:
-        first = model.stages[letters.index("a")]
+        first: Any = model.stages[letters.index("a")]
         site = first.blocks[0].site
         first.downsample.add_module("position", Position(site.dim, site.grid))
     return model
@@ -212,13 +216,14 @@ _BLOCK: Any = (
     (r"network\.{source}\.(\d+)\.token_mixer\.(.*)", r"stages.{stage}.blocks.\1.mixer.\2"),
     (r"network\.{source}\.(\d+)\.(.*)", r"stages.{stage}.blocks.\1.\2"),
 )
-# The authors number stages, downsamplings and position terms in one list: where a stage stands depends on the model, but
-# no number holds blocks of one stage in one model and of another in the next.
+# The authors number stages, downsamplings and position terms in one list: where a stage stands depends on the model,
+# but no number holds blocks of one stage in one model and of another in the next.
 _STAGES = {0: 0, 2: 1, 4: 2, 5: 2, 6: 3, 7: 3}
 _DOWNSAMPLES = {1: 1, 3: 2, 5: 3, 6: 3}
 AUTHORS: KeyMap = (
     (r"patch_embed\.(.*)", r"stem.\1"),
-    *((rf"network\.{source}\.proj\.(.*)", rf"stages.{stage}.downsample.0.\1") for source, stage in _DOWNSAMPLES.items()),
+    *((rf"network\.{source}\.proj\.(.*)", rf"stages.{stage}.downsample.0.\1")
+      for source, stage in _DOWNSAMPLES.items()),
     (r"network\.4\.pos_embed", "stages.2.downsample.position.table", _table),
     (r"network\.6\.pos_embed", "stages.3.downsample.position.table", _table),
     *(

@@ -2,15 +2,15 @@
 
 Token i attends to the k x k tokens around it, N(i), with a learned bias a relative offset,
     out_i = sum_{j in N(i)} softmax_j(q_i . k_j / sqrt(d) + b[j - i]) v_j,
-and at the borders the neighborhood moves inwards: every token sees exactly k^2 others. DiNAT lets every second block take
-its neighbours `dilation` steps apart, so that local and sparse global blocks alternate and the field of view grows
+and at the borders the neighborhood moves inwards: every token sees exactly k^2 others. DiNAT lets every second block
+take its neighbours `dilation` steps apart, so that local and sparse global blocks alternate and the field of view grows
 exponentially at no cost. DiNAT_s is the same in Swin's layout.
 
 Hassani, Walton, Li, Li, Shi, "Neighborhood Attention Transformer", 2023, section 3.
 Hassani, Shi, "Dilated Neighborhood Attention Transformer", 2022, section 3.
 
-Any grid: one shorter than kernel x dilation is zero-padded at its end, before qkv and without a mask, and cropped before
-proj, as in the authors' code (classification and dense prediction alike).
+Any grid: one shorter than kernel x dilation is zero-padded at its end, before qkv and without a mask, and cropped
+before proj, as in the authors' code (classification and dense prediction alike).
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Neighborhood(nn.Module):
     template = ("qkv", "proj")
     undecayed = ("bias",)
 
-    def __init__(self, site: Site, kernel: int = 7, dilation: int = 1, qkv_bias: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self, site: Site, kernel: int = 7, dilation: int = 1, qkv_bias: bool = True, bias: bool = True
+    ) -> None:
         super().__init__()
         check_heads(site)
         self.heads, self.kernel, self.dilation = site.heads, kernel, dilation
@@ -91,8 +93,8 @@ class Neighborhood(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        least = self.kernel * self.dilation
-        x = pad_end(x, [torch.sym_max(0, least - side) for side in grid])
+        missing: list[Any] = [torch.sym_max(0, self.kernel * self.dilation - side) for side in grid]
+        x = pad_end(x, missing)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         out = neighborhood_attention(q, k, v, self.kernel, self.dilation, self.bias)
         return self.proj(crop(out.flatten(-2), grid))

@@ -16,6 +16,7 @@ not shift (the authors' classification code).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -90,7 +91,8 @@ class ShiftedWindow(WindowAttention):
             return crop(merge(windows, self.window, padded), grid)
         shifts = (shift,) * len(grid)
         x = x.roll([-step for step in shifts], axes)
-        windows = self.attend(partition(x, self.window), grid, shifts, region_mask(padded, self.window, shift, x.device))
+        mask = region_mask(padded, self.window, shift, x.device)
+        windows = self.attend(partition(x, self.window), grid, shifts, mask)
         return crop(merge(windows, self.window, padded).roll(shifts, axes), grid)
 
 
@@ -99,9 +101,10 @@ def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:
 
     Written with min and max, not if, so that an exported program with free sizes keeps the choice.
     """
-    longer = torch.sym_max(0, reduce(torch.sym_min, grid) - min(window))
+    minimum: Callable[[Any, Any], Any] = torch.sym_min
+    longer = torch.sym_max(0, reduce(minimum, grid) - min(window))
     padding = sum((-side) % part for side, part in zip(grid, window, strict=True))
-    return shift * torch.sym_min(1, longer + padding) if shift else 0
+    return shift * minimum(1, longer + padding) if shift else 0
 
 
 @table

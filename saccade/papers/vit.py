@@ -2,14 +2,14 @@
 
 Cut the image into patches, embed each linearly, put a class token before them, add a learned position, and run a plain
 transformer: x_{l+1} = x_l + Attention(norm(x_l)) ; x += Mlp(norm(x)). The class token's last state is classified. DeiT
-is the same network trained on ImageNet-1K alone; its distilled form has a second prefix token that learns from a teacher,
-with a head of its own: the scores of the two heads are averaged.
+is the same network trained on ImageNet-1K alone; its distilled form has a second prefix token that learns from a
+teacher, with a head of its own: the scores of the two heads are averaged.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", 2021.
 Touvron et al., "Training data-efficient image transformers & distillation through attention", 2021.
 
-Another image size: the position table is resampled (bicubic). Images that are no multiple of the patch are zero-padded at
-their end.
+Another image size: the position table is resampled (bicubic). Images that are no multiple of the patch are zero-padded
+at their end.
 """
 
 from __future__ import annotations

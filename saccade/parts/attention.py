@@ -23,8 +23,8 @@ def check_heads(site: Site) -> int:
 class Attention(nn.Module):
     """out = proj(softmax(q k^T / sqrt(d)) v), q, k, v = split(qkv(x)), over all tokens of (B, *grid, C) and the prefix.
 
-    (Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dosovitskiy et al., "An Image is Worth 16x16 Words",
-    2021, appendix A.)
+    (Vaswani et al., "Attention Is All You Need", 2017, section 3.2; Dosovitskiy et al., "An Image is Worth 16x16
+    Words", 2021, appendix A.)
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True

@@ -18,7 +18,7 @@ def on_grid(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # a no-op but for layouts that torch chose otherwise
 
 
-class _OnGrid:
+class _OnGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.core.build import check_patterns, choose_mixer
 from saccade.core.errors import SaccadeError
-from saccade.core.features import FeatureInfo
+from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block, Norm
@@ -51,12 +51,11 @@ class TokenBlock(Block):
         return tokens + self.scale2(self.mlp(self.norm2(tokens)))
 
 
-class Plain(nn.Module):
+class Plain(Backbone):
     """Patch tokens + position, `prefix` class tokens before them, `depth` blocks, norm, head on the class token.
 
-    The position table (1, P + N, C), or (1, N, C) where `prefix_position` is off, belongs to the grid of `img_size`; it is
-    resampled (bicubic) to the grid that comes. `replace` is the caller's mixer; a mixer without the prefix trait needs
-    `prefix_mode`.
+    The position table (1, P + N, C) belongs to the grid of `img_size`; it is resampled (bicubic) to the grid that
+    comes. `replace` is the caller's mixer; a mixer without the prefix trait needs `prefix_mode`.
     """
 
     undecayed = ("prefix", "position")
@@ -83,7 +82,7 @@ class Plain(nn.Module):
         super().__init__()
         size = check_sizes(num_classes, in_chans, img_size)
         if global_pool not in ("token", "avg", "") or (global_pool == "token" and not prefix):
-            raise SaccadeError(f'global_pool={global_pool!r}: choose "avg", "", or "token" in a model with a class token')
+            raise SaccadeError(f'global_pool={global_pool!r}: choose "avg", "", or, with a class token, "token"')
         self.in_chans, self.global_pool = in_chans, global_pool
         self.grid = tuple(-(-side // patch) for side in size)
         self.stem = PatchEmbed(len(size), in_chans, dim, stride=patch)
@@ -115,7 +114,7 @@ class Plain(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.removed: tuple[str, ...] = () if num_classes else ("head",)
+        self.removed = () if num_classes else ("head",)
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:
         """The position table of a checkpoint, resampled to this model's native grid."""
@@ -178,7 +177,7 @@ class Plain(nn.Module):
 
 
 def beside_prefix(mixer: nn.Module, count: int, mode: str | None) -> nn.Module:
-    """The mixer as a block with prefix tokens needs it; raises where the caller did not say what the prefix receives."""
+    """The mixer as a block with prefix tokens needs it; raises where nobody said what the prefix receives."""
     if not count or getattr(mixer, "prefix", False):
         return mixer
     if mode not in PREFIX_MODES:

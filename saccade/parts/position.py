@@ -14,8 +14,9 @@ def is_native(grid: tuple[int, ...], native: tuple[int, ...]) -> bool:
 
 
 def resample(table: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """(1, *native, C) -> (1, *grid, C): bicubic for images (linear for sequences, trilinear for volumes), no antialiasing,
-    align_corners=False, as in DeiT's and Swin's own loading code.
+    """(1, *native, C) -> (1, *grid, C): bicubic for images (linear for sequences, trilinear for volumes).
+
+    No antialiasing, align_corners=False, as in DeiT's and Swin's own loading code.
     """
     if is_native(grid, tuple(table.shape[1:-1])):
         return table

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saccade.core.build import check_patterns, choose_mixer
 from saccade.core.errors import SaccadeError
-from saccade.core.features import FeatureInfo
+from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.head import Head
 
@@ -26,7 +26,7 @@ class Stage(nn.Module):
         return self.blocks(self.downsample(x))
 
 
-class Pyramid(nn.Module):
+class Pyramid(Backbone):
     """A hierarchical backbone: images (B, C, *size) in, maps (B, C_i, *grid_i) at growing strides out.
 
     The paper gives callables: `stem(rank, in_chans, dim)`, `downsample(rank, dim, out_dim)`,
@@ -34,8 +34,6 @@ class Pyramid(nn.Module):
     `head(dim, num_classes, global_pool)`. `replace` is the caller's mixer (see `create_model`). `stride` and
     `downsample_stride` only tell the sites where they stand.
     """
-
-    default_out_indices: tuple[int, ...]
 
     def __init__(
         self,
@@ -61,7 +59,7 @@ class Pyramid(nn.Module):
         super().__init__()
         size = check_sizes(num_classes, in_chans, img_size)
         rank = len(size)
-        self.num_classes, self.in_chans = num_classes, in_chans
+        self.in_chans, self.global_pool = in_chans, global_pool
         build_mixer = choose_mixer(replace, mixer)
         rates = drop_path_rates(drop_path_rate, sum(depths))
         self.stem = stem(rank, in_chans, dims[0])
@@ -81,7 +79,7 @@ class Pyramid(nn.Module):
         self.norm = norm(dims[-1]) if norm is not None else nn.Identity()
         self.num_features = dims[-1]
         self._make_head = head
-        self.reset_classifier(num_classes, global_pool)
+        self.reset_classifier(num_classes)
         self.feature_info = FeatureInfo(
             dict(num_chs=dim, reduction=stride * downsample_stride**number, module=f"stages.{number}")
             for number, dim in enumerate(dims)

@@ -13,8 +13,8 @@ from saccade.parts.convolution import CONVOLUTIONS, at_least
 class PatchEmbed(nn.Module):
     """A convolution with stride, then a norm: (B, C, *size) -> (B, *grid, dim).
 
-    With kernel == stride (patches) the image is zero-padded at its end to whole patches, as Swin's dense-prediction code
-    does; with `padding` (overlapping patches) it is the convolution's own.
+    With kernel == stride (patches) the image is zero-padded at its end to whole patches, as Swin's dense-prediction
+    code does; with `padding` (overlapping patches) it is the convolution's own.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.stride = stride
         self.whole_patches = kernel is None
+        self.least = (kernel or stride) - 2 * padding
         self.proj = CONVOLUTIONS[rank](in_chans, dim, kernel or stride, stride=stride, padding=padding, bias=bias)
         self.norm = norm(dim) if norm is not None else nn.Identity()
 
@@ -39,7 +40,7 @@ class PatchEmbed(nn.Module):
         if self.whole_patches:
             image = pad_image(image, self.stride)
         else:
-            image = at_least(image, self.proj.kernel_size[0] - 2 * self.proj.padding[0], first=2)
+            image = at_least(image, self.least, first=2)
         return self.norm(self.proj(image).movedim(1, -1).contiguous())
 
 

@@ -90,8 +90,8 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "docs" / "systems.md", systems_page()
     readme = ROOT / "README.md"
     if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        yield readme, re.sub(r"(<!-- counts -->\n).*?(\n<!-- /counts -->)", rf"\g<1>{counts_line()}\g<2>", text, flags=re.S)
+        text, counts = readme.read_text(encoding="utf-8"), rf"\g<1>{counts_line()}\g<2>"
+        yield readme, re.sub(r"(<!-- counts -->\n).*?(\n<!-- /counts -->)", counts, text, flags=re.S)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def export(model: nn.Module, size: int | Sequence[int] = 224, *, in_chans: int =
     sides = _sides(size)
     image = torch.randn(2, in_chans, *sides)
     free = {0: torch.export.Dim.AUTO} | dict.fromkeys(range(2, image.ndim), torch.export.Dim.DYNAMIC)
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
         return torch.export.export(model.eval(), (image,), dynamic_shapes=(free,))
 
 
@@ -45,7 +46,7 @@ def export_onnx(
     image = torch.randn(2, in_chans, *sides)
     names = ["batch", "", *(f"side{axis}" for axis in range(len(sides)))]
     shapes = {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name}
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
         program = torch.onnx.export(
             model.eval(), (image,), input_names=["image"], output_names=["scores"], dynamo=True,
             dynamic_shapes=(shapes,), verbose=False,
@@ -60,18 +61,19 @@ def export_onnx(
             found["x".join(map(str, other))] = difference(session, model, torch.randn(2, in_chans, *other))
         worst = max(found.values())
         if not worst <= TOLERANCE:
-            raise SaccadeError(f"{path}: onnxruntime differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}; not written")
+            raise SaccadeError(f"{path}: onnxruntime differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}; "
+                               "not written")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return found
 
 
-def difference(session: object, model: nn.Module, image: Tensor) -> float:
+def difference(session: Any, model: nn.Module, image: Tensor) -> float:
     """The largest difference of an ONNX session's scores from the model's, relative to the largest score."""
     with torch.no_grad():
         wanted = model(image).numpy()
-    got = session.run(None, {"image": image.numpy()})[0]  # type: ignore[attr-defined]
+    got = session.run(None, {"image": image.numpy()})[0]
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 

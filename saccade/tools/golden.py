@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saccade.core.errors import SaccadeError
@@ -27,7 +28,7 @@ def read_golden(path: str | Path) -> Golden:
         raise SaccadeError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise SaccadeError(f"{path}: not a golden ({error})") from error
-    return golden  # type: ignore[no-any-return]
+    return golden
 
 
 def _generator(name: str) -> np.random.RandomState:
@@ -64,6 +65,7 @@ def make_inputs(golden: Golden) -> dict[str, Tensor]:
     inputs = {}
     for name, spec in golden["inputs"].items():
         generator, shape = _generator("input:" + spec["seed"]), tuple(spec["shape"])
+        values: NDArray[Any]
         if spec["dtype"].startswith("int"):
             values = generator.randint(spec["low"], spec["high"], size=shape)
         elif spec["dtype"] == "bool":

@@ -39,7 +39,7 @@ def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     meta = _without_data(model)
     names = [name.removesuffix("mixer").removesuffix(".") for name, module in meta.named_modules()
              if name.endswith("mixer") and hasattr(module, "cost")]
-    blocks = {f"{name}.mixer".lstrip("."): meta.get_submodule(name) for name in names}
+    blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): meta.get_submodule(name) for name in names}
     grids: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:

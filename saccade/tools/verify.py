@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
+from saccade.core.features import Backbone
 from saccade.core.index import model_paper, paper_module, resolve_model
 from saccade.core.keymap import rename
 from saccade.core.load import key_maps
@@ -37,8 +38,8 @@ class Verdict:
 def verify(path: str | Path) -> list[Verdict]:
     """Compare a whole model with its golden: parameter count, outputs, stage features, gradients.
 
-    The authors' state is regenerated, saved as a checkpoint, loaded by `create_model(name, checkpoint_path=...)` and run.
-    Raises SaccadeError where the golden is of no registered model.
+    The authors' state is regenerated, saved as a checkpoint, loaded by `create_model(name, checkpoint_path=...)` and
+    run. Raises SaccadeError where the golden is of no registered model.
     """
     golden = read_golden(path)
     name = resolve_model(golden["model"])
@@ -115,7 +116,7 @@ def like(value: Tensor, shape: list[int]) -> Tensor:
 
 
 def authors_gradients(
-    model: nn.Module, name: str, state: dict[str, Tensor], image: Tensor, golden: Golden
+    model: Backbone, name: str, state: dict[str, Tensor], image: Tensor, golden: Golden
 ) -> dict[str, Tensor]:
     """d(sum(out * cotangent)) / d(authors' tensors and the input), through the differentiable key map."""
     layout = model.load_report.format

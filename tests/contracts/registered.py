@@ -14,7 +14,8 @@ from torch import nn
 from saccade import Site, create_mixer, list_mixers, list_models
 from saccade.core.index import index, paper_module
 
-_EXCEPTIONS = tomllib.loads((Path(__file__).parent / "exceptions.toml").read_text(encoding="utf-8")).get("exception", [])
+_FILE = Path(__file__).parent / "exceptions.toml"
+_EXCEPTIONS = tomllib.loads(_FILE.read_text(encoding="utf-8")).get("exception", [])
 MIXERS = list_mixers()
 # One narrow registered model of each builder stands for its family; the rest differ by numbers alone.
 NARROW = sorted(name for name in list_models() if "_nano" in name)

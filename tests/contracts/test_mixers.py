@@ -149,7 +149,8 @@ def test_recording_changes_nothing(name):
 COMPILED = MIXERS[:: max(len(MIXERS) // 5, 1)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.slow) for name in MIXERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in COMPILED else pytest.mark.slow)
+                                  for name in MIXERS])
 def test_compiles_whole(name):
     module, x = mixer(name), torch.randn(1, 9, 10, 32)
     torch._dynamo.reset()

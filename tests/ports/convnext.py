@@ -15,7 +15,8 @@ def build(golden: dict) -> Port:
     scale = args.get("layer_scale_init_value", 1e-6) or None
     if what == "Block":
         site = Site(args["dim"], grid=tuple(golden["inputs"]["x"]["shape"][2:]))
-        return Port(ConvNeXtBlock(site, Depthwise(site), layer_scale=scale), key_map(BLOCK), channels_last, channels_first)
+        block = ConvNeXtBlock(site, Depthwise(site), layer_scale=scale)
+        return Port(block, key_map(BLOCK), channels_last, channels_first)
     size = tuple(next(iter(make_inputs(golden).values())).shape[2:])
     common = dict(img_size=size, num_classes=args.get("num_classes", 1000), in_chans=args.get("in_chans", 3))
     match what:
