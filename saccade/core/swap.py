@@ -32,7 +32,7 @@ class Handle:
         return f"Handle({', '.join(self.names)})"
 
     def undo(self) -> None:
-        """Put the very same modules back. Raises where one of them was swapped again since; a second undo does nothing."""
+        """Put the very same modules back; once is enough. Raises where one of them was swapped again since."""
         for name, owner, child, _, new in self._changes:
             if getattr(owner, child) is not new:
                 raise SaccadeError(f"{name} was swapped again since: undo that swap first")
@@ -65,27 +65,27 @@ def swap_own(
 
 
 def keep_template(name: str, old: nn.Module, new: nn.Module) -> None:
-    """Copy the trained projections that both mixers call their template; raises where one is missing or shaped otherwise."""
+    """Copy the trained projections that both mixers call their template; raises where one has no equal."""
     for source, target in zip(_template(name, old), _template(name, new), strict=True):
         given, wanted = source.state_dict(), target.state_dict()
         for key in sorted(given.keys() | wanted.keys()):
             shapes = [tuple(state[key].shape) if key in state else "missing" for state in (given, wanted)]
             if shapes[0] != shapes[1]:
-                raise SaccadeError(f"keep_weights: {key} of a projection of {name} is {shapes[0]} in {type(old).__name__} and "
-                                   f"{shapes[1]} in {type(new).__name__}; swap without keep_weights")
+                raise SaccadeError(f"keep_weights: the {key} of a projection of {name} is {shapes[0]} in the old and "
+                                   f"{shapes[1]} in the new mixer; swap without keep_weights")
         target.load_state_dict(given)
 
 
 def _template(name: str, mixer: nn.Module) -> list[nn.Module]:
-    """The template projections of a mixer, our own (declared) or a host's (where it has qkv and proj and nothing else)."""
+    """The template projections of a mixer: those it declares, else qkv and proj, where it has nothing else."""
     while not hasattr(mixer, "template") and isinstance(inner := getattr(mixer, "mixer", None), nn.Module):
         mixer = inner  # a Slot or a PrefixBlind
     template = getattr(mixer, "template", None)
     if template is None:
         held = sorted({key.partition(".")[0] for key, _ in mixer.named_parameters()})
         if held != ["proj", "qkv"]:
-            raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} has no template, the projections qkv and proj "
-                               f"alone (it holds {', '.join(held) or 'nothing'}); swap without keep_weights")
+            raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} declares no template and holds not just "
+                               f"qkv and proj, but {', '.join(held) or 'nothing'}; swap without keep_weights")
         template = ("qkv", "proj")
     return [mixer.get_submodule(part) for part in template]
 

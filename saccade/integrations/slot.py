@@ -3,8 +3,8 @@
     host = timm.create_model("vit_tiny_patch16_224")
     handle = saccade.swap(host, "blocks.*.attn", "neighborhood", prefix_mode="mean")
 
-From the forward follow the layout, the prefix tokens, the stride, which argument is the tensor and whether a tuple is due
-back; a Slot with the same manners then carries the mixer. What is not understood is refused with its reason.
+From the forward follow the layout, the prefix tokens, the stride, which argument is the tensor and whether a tuple is
+due back; a Slot with the same manners then carries the mixer. What is not understood is refused with its reason.
 """
 
 from __future__ import annotations
@@ -37,9 +37,20 @@ class Manner(NamedTuple):
     prefix: int
     stride: int
 
-    def grids(self, image: Grid) -> list[Grid]:
-        """The grid on an image, where sides are rounded down, and where they are rounded up."""
-        return [tuple(side // self.stride for side in image), tuple(-(-side // self.stride) for side in image)]
+    def grids(self, image: Grid) -> tuple[Grid, Grid]:
+        """The grids that the stride can make of an image: sides rounded down, and rounded up."""
+        return tuple(side // self.stride for side in image), tuple(-(-side // self.stride) for side in image)
+
+    def grid(self, shape: tuple[int, ...], image: Grid) -> Grid | None:
+        """The grid on which a tensor of this shape lies, if it can come from an image of this size."""
+        for grid in self.grids(image):
+            if self.layout == "BNC":
+                fits = len(shape) == 3 and 0 < prod(grid) == shape[1] - self.prefix
+            else:
+                fits = grid == (shape[1:-1] if self.layout == "BHWC" else shape[2:])
+            if fits:
+                return grid
+        return None
 
 
 class Call(NamedTuple):
@@ -71,7 +82,7 @@ class Slot(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, (layout, count, _) = the_tensor(self.name, args, kwargs), self.manner
         if layout == "BNC":
-            prefix, tokens = x[:, :count], x[:, count:].unflatten(1, self.grid(x.shape[1] - count))
+            prefix, tokens = x[:, :count], x[:, count:].unflatten(1, self.grid(x.shape))
             out = join(*self.mixer(tokens, prefix=prefix)) if count else self.mixer(tokens).flatten(1, -2)
         elif layout == "BHWC":
             out = self.mixer(x)
@@ -79,13 +90,15 @@ class Slot(nn.Module):
             out = self.mixer(x.movedim(1, -1).contiguous()).movedim(-1, 1)
         return (out, *[None] * (self.due - 1)) if self.due else out
 
-    def grid(self, tokens: int) -> Grid:
-        """The grid of the image that came last, where it has so many tokens; else the native one."""
-        for grid in [*(self.manner.grids(self.image.size) if self.image.size else ()), self.native]:
-            if prod(grid) == tokens:
-                return grid
-        raise SaccadeError(f"{self.name}: {tokens} grid tokens are neither the native grid {self.native} nor stride "
-                           f"{self.manner.stride} on the image {self.image.size} seen last; drop no tokens before it")
+    def grid(self, shape: torch.Size) -> Grid:
+        """The grid of the image that came last, if it explains the shape, else the native one."""
+        grid = self.manner.grid(shape, self.image.size) if self.image.size else None
+        if grid is None and shape[1] == self.manner.prefix + prod(self.native):
+            return self.native
+        if grid is None:
+            raise SaccadeError(f"{self.name}: {shape[1]} tokens are not {self.manner.prefix} prefix tokens and a grid of stride "
+                               f"{self.manner.stride} on the image seen last, {self.image.size}; give it all tokens")
+        return grid
 
     def extra_repr(self) -> str:
         return f"{self.manner.layout}, prefix={self.manner.prefix}, native={self.native}"
@@ -103,14 +116,14 @@ def swap(
     prefix: int | None = None,
     **mixer_options: Any,
 ) -> Handle:
-    """Put another mixer where those named by `pattern` stand: `swap(model, "stages.2.*.mixer", "neighborhood", kernel=5)`.
+    """Put another mixer where those that `pattern` names stand: `swap(model, "stages.2.*.mixer", "neighborhood")`.
 
     `mixer` is a registered name or a callable `site -> Module`. `keep_weights` copies the trained qkv and output
-    projections, where both mixers have them. Beside prefix tokens, a mixer that knows only the grid needs `prefix_mode`:
-    they receive nothing ("none") or the mean of the mixed map ("mean"). `undo()` of the handle restores the very same
-    modules. In a model that is not ours, a forward of `example` (B, C, H, W), else of a zero image of the model's own size,
-    is watched; `layout` ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what is learned from it. Raises
-    SaccadeError where nothing matches and for what is not understood: windows, masks, changed shapes.
+    projections, where both mixers have them. Beside prefix tokens, a mixer that knows only the grid needs
+    `prefix_mode`: they receive nothing ("none") or the mean of the mixed map ("mean"). `undo()` of the handle restores
+    the very same modules. In a model that is not ours, a forward of `example` (B, C, H, W), else of a zero image of the
+    model's own size, is watched; `layout` ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what it
+    teaches. Raises SaccadeError where nothing matches and for what is not understood: windows, masks, changed shapes.
     """
     factory = mixer_factory(mixer, **mixer_options) if isinstance(mixer, str) else partial(mixer, **mixer_options)
     if blocks := own_blocks(model, pattern):
@@ -129,7 +142,7 @@ def swap(
         place = dim, stride = call.shape[1 if manner.layout == "BCHW" else -1], manner.stride
         index = stages.setdefault(place, 0)
         stages[place] += 1
-        native = next(grid for grid in manner.grids(size) if _fits(manner, call.shape, grid))
+        native = manner.grid(call.shape, size)
         old = model.get_submodule(name)
         built = factory(Site(dim, _heads(old, dim), list(stages).index(place), index, stride, native))
         if keep_weights:
@@ -139,10 +152,10 @@ def swap(
 
 
 def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[str, Call], nn.Module]:
-    """One forward of `image`: the calls of the named modules, in their order, and the innermost module that is given it.
+    """One forward of `image`: the calls of the named modules, in their order, and the innermost module given the image.
 
-    (The innermost, because `forward_features` of a host passes the hooks of the host itself by.) Raises SaccadeError for a
-    call that no mixer could answer.
+    (The innermost, because `host.forward_features(image)` passes the hooks of the host itself by.) Raises SaccadeError
+    for a call that no mixer could answer.
     """
     calls, given = dict[str, Call](), [host]
 
@@ -160,8 +173,8 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
             if not isinstance(out, Tensor) or out.shape != x.shape:
                 raise _refused(name, f"it changes the shape {call.shape}, a mixer keeps it")
             if x.shape[0] != image.shape[0]:
-                raise _refused(name, f"it sees {x.shape[0]} windows or groups for a batch of {image.shape[0]}, a mixer sees "
-                                     "whole maps; name the module around it")
+                raise _refused(name, f"it sees {x.shape[0]} windows or groups of a batch of {image.shape[0]}, a mixer "
+                                     "sees whole maps; name the module around it")
             if calls.setdefault(name, call) != call:
                 raise _refused(name, f"one forward calls it with {calls[name].shape} and with {call.shape}")
         return hook
@@ -202,24 +215,18 @@ def learn(
 ) -> Manner:
     """The likeliest manner in which tensors of these shapes lie on images of these sizes, {image: shape}.
 
-    Likely is what the host has `told` of its prefix tokens, then a stride that divides the image, then few prefix tokens.
+    Likely is what the host has `told` of its prefix tokens, then a stride that divides the image, then a small prefix.
     """
-    image, *_ = shapes
-    counts = range(MOST_PREFIX + 1) if prefix is None else [prefix]
-    manners = [Manner(kind, count, stride) for kind in ("BNC", "BHWC", "BCHW") if layout in (None, kind)
-               for count in (counts if kind == "BNC" else [0]) for stride in range(1, max(image) + 1)]
-    fitting = [manner for manner in manners if all(
-        any(_fits(manner, shape, grid) for grid in manner.grids(size)) for size, shape in shapes.items())]
+    (image, first), *_ = shapes.items()
+    manners = {manner for stride in range(1, max(image) + 1) for grid in Manner("", 0, stride).grids(image) for manner in
+               (Manner("BNC", first[1] - prod(grid), stride), Manner("BHWC", 0, stride), Manner("BCHW", 0, stride))}
+    fitting = [manner for manner in manners if layout in (None, manner.layout)
+               and (0 <= manner.prefix <= MOST_PREFIX if prefix is None else manner.prefix == prefix)
+               and all(manner.grid(shape, size) for size, shape in shapes.items())]
     if len({manner.layout for manner in fitting}) != 1:
-        raise _refused(name, f"{'more than one' if fitting else 'no'} layout explains its input ({{image: shape}} = {shapes}) "
-                             f"with layout={layout!r}, prefix={prefix!r}: say other ones")
+        raise _refused(name, f"{'more than one' if fitting else 'no'} layout explains its input, {{image: shape}} = "
+                             f"{shapes}, with layout={layout!r}, prefix={prefix!r}: say other ones")
     return min(fitting, key=lambda m: (m.prefix != told, any(side % m.stride for side in image), m.prefix, m.stride))
-
-
-def _fits(manner: Manner, shape: tuple[int, ...], grid: Grid) -> bool:
-    if manner.layout == "BNC":
-        return len(shape) == 3 and 0 < prod(grid) == shape[1] - manner.prefix
-    return grid == (shape[1:-1] if manner.layout == "BHWC" else shape[2:])
 
 
 def _watch_if_allowed(host: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, Call]:
@@ -236,7 +243,7 @@ def _zero_image(host: nn.Module) -> Tensor:
     sizes.append(getattr(host, "default_cfg", {}).get("input_size", ())[1:])
     size = next((size for size in sizes if isinstance(size, (int, tuple, list)) and size), None)
     if size is None:
-        raise SaccadeError(f"{type(host).__name__} does not say its image size: give example=, a batch of images (B, C, H, W)")
+        raise SaccadeError(f"{type(host).__name__} does not say its image size: give example=, images (B, C, H, W)")
     channels = next((part.in_channels for part in host.modules() if isinstance(part, nn.Conv2d)), 3)
     like = next((tensor for tensor in host.parameters() if tensor.is_floating_point()), torch.zeros(()))
     return like.new_zeros(1, channels, *((size, size) if isinstance(size, int) else size))
