@@ -84,8 +84,8 @@ def _template(name: str, mixer: nn.Module) -> list[nn.Module]:
     if template is None:
         held = sorted({key.partition(".")[0] for key, _ in mixer.named_parameters()})
         if held != ["proj", "qkv"]:
-            raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} declares no template and holds not just "
-                               f"qkv and proj, but {', '.join(held) or 'nothing'}; swap without keep_weights")
+            raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} declares no template and holds "
+                               f"{', '.join(held) or 'nothing'}, not just qkv and proj; swap without keep_weights")
         template = ("qkv", "proj")
     return [mixer.get_submodule(part) for part in template]
 

@@ -30,6 +30,11 @@ MOST_PREFIX = 16  # more are for the caller to say: with many prefix tokens, eve
 POSITION = ("rope", "pos")  # arguments so named tell where tokens are; the new mixer has its own way of knowing
 
 
+def grids(image: Grid, stride: int) -> tuple[Grid, Grid]:
+    """What a stride can make of an image: its sides rounded down, and rounded up."""
+    return tuple(side // stride for side in image), tuple(-(-side // stride) for side in image)
+
+
 class Manner(NamedTuple):
     """How tokens lie in a tensor ("BNC", "BHWC", "BCHW"), with how many prefix tokens, at which stride."""
 
@@ -37,13 +42,9 @@ class Manner(NamedTuple):
     prefix: int
     stride: int
 
-    def grids(self, image: Grid) -> tuple[Grid, Grid]:
-        """The grids that the stride can make of an image: sides rounded down, and rounded up."""
-        return tuple(side // self.stride for side in image), tuple(-(-side // self.stride) for side in image)
-
     def grid(self, shape: tuple[int, ...], image: Grid) -> Grid | None:
         """The grid on which a tensor of this shape lies, if it can come from an image of this size."""
-        for grid in self.grids(image):
+        for grid in grids(image, self.stride):
             if self.layout == "BNC":
                 fits = len(shape) == 3 and 0 < prod(grid) == shape[1] - self.prefix
             else:
@@ -96,8 +97,8 @@ class Slot(nn.Module):
         if grid is None and shape[1] == self.manner.prefix + prod(self.native):
             return self.native
         if grid is None:
-            raise SaccadeError(f"{self.name}: {shape[1]} tokens are not {self.manner.prefix} prefix tokens and a grid of stride "
-                               f"{self.manner.stride} on the image seen last, {self.image.size}; give it all tokens")
+            raise SaccadeError(f"{self.name}: {shape[1]} tokens are not {self.manner.prefix} of prefix and the grid of "
+                               f"stride {self.manner.stride} on the image seen last, {self.image.size}; drop no tokens")
         return grid
 
     def extra_repr(self) -> str:
@@ -120,10 +121,11 @@ def swap(
 
     `mixer` is a registered name or a callable `site -> Module`. `keep_weights` copies the trained qkv and output
     projections, where both mixers have them. Beside prefix tokens, a mixer that knows only the grid needs
-    `prefix_mode`: they receive nothing ("none") or the mean of the mixed map ("mean"). `undo()` of the handle restores
-    the very same modules. In a model that is not ours, a forward of `example` (B, C, H, W), else of a zero image of the
-    model's own size, is watched; `layout` ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what it
-    teaches. Raises SaccadeError where nothing matches and for what is not understood: windows, masks, changed shapes.
+    `prefix_mode`: they receive the mean of the mixed map ("mean") or nothing ("none": a class token that only such
+    mixers feed learns nothing of the image). `undo()` of the handle restores the very same modules. In a model that is
+    not ours, a forward of `example` (B, C, H, W), else of a zero image of the model's own size, is watched; `layout`
+    ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what it teaches. Raises SaccadeError where nothing
+    matches and for what is not understood: windows, masks, changed shapes.
     """
     factory = mixer_factory(mixer, **mixer_options) if isinstance(mixer, str) else partial(mixer, **mixer_options)
     if blocks := own_blocks(model, pattern):
@@ -143,6 +145,7 @@ def swap(
         index = stages.setdefault(place, 0)
         stages[place] += 1
         native = manner.grid(call.shape, size)
+        assert native is not None  # `learn` has asked
         old = model.get_submodule(name)
         built = factory(Site(dim, _heads(old, dim), list(stages).index(place), index, stride, native))
         if keep_weights:
@@ -218,8 +221,9 @@ def learn(
     Likely is what the host has `told` of its prefix tokens, then a stride that divides the image, then a small prefix.
     """
     (image, first), *_ = shapes.items()
-    manners = {manner for stride in range(1, max(image) + 1) for grid in Manner("", 0, stride).grids(image) for manner in
-               (Manner("BNC", first[1] - prod(grid), stride), Manner("BHWC", 0, stride), Manner("BCHW", 0, stride))}
+    strides = range(1, max(image) + 1)
+    manners = {Manner(kind, 0, stride) for kind in ("BHWC", "BCHW") for stride in strides}
+    manners |= {Manner("BNC", first[1] - prod(grid), stride) for stride in strides for grid in grids(image, stride)}
     fitting = [manner for manner in manners if layout in (None, manner.layout)
                and (0 <= manner.prefix <= MOST_PREFIX if prefix is None else manner.prefix == prefix)
                and all(manner.grid(shape, size) for size, shape in shapes.items())]
@@ -251,7 +255,8 @@ def _zero_image(host: nn.Module) -> Tensor:
 
 def _heads(module: nn.Module, dim: int) -> int:
     """The host's own number of heads, else heads of 32 channels."""
-    told = [getattr(part, key, None) for part in module.modules() for key in ("num_heads", "num_attention_heads")]
+    keys = ("num_heads", "heads", "num_attention_heads")
+    told = [getattr(part, key, None) for part in module.modules() for key in keys]
     return next((heads for heads in told if isinstance(heads, int)), dim // 32 if dim % 32 == 0 else 1)
 
 

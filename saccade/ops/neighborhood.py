@@ -107,8 +107,8 @@ def _checked(
     for size, window, step in zip(q.shape[1:-2], kernels, dilations, strict=True):
         if isinstance(size, int) and size < window * step:  # of a size left open it would be a guard
             raise SaccadeError(f"axis of {size} under kernel {window} x dilation {step}: pad it to {window * step}")
-    expected = (q.shape[-2], *(2 * window - 1 for window in kernels))
-    if bias is not None and bias.shape != expected:
+    if bias is not None and bias.shape != (q.shape[-2], *[2 * window - 1 for window in kernels]):
+        expected = (q.shape[-2], *[2 * window - 1 for window in kernels])
         raise SaccadeError(f"bias of shape {tuple(bias.shape)}: give {expected}, that is (heads, 2 kernel - 1 an axis)")
     return kernels, dilations
 

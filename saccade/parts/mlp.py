@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(dim * ratio), dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
-        if plain or rows * self.fc1.out_features <= WHOLE:
+        free = not all(isinstance(side, int) for side in x.shape)  # sizes that export leaves open cannot choose
+        plain = free or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
+        if plain or prod(x.shape[:-1]) * self.fc1.out_features <= WHOLE:
             return self.fc2(self.activation(self.fc1(x)))
         # The hidden state of a large map would leave the cache three times: take it in pieces that stay.
         pieces = x.flatten(0, -2).split(PIECE)

@@ -42,7 +42,7 @@ def export_onnx(
     where one is over TOLERANCE; the file is then not kept.
     """
     sides, path = _sides(size), Path(file)
-    onnxscript.__version__  # noqa: B018  (the exporter imports it itself, with a traceback instead of one line)
+    onnxscript.script  # noqa: B018  (the exporter imports it itself, with a traceback instead of one line)
     image = torch.randn(2, in_chans, *sides)
     names = ["batch", "", *(f"side{axis}" for axis in range(len(sides)))]
     shapes = {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name}

@@ -91,7 +91,7 @@ def test_routing_equals_loops(grid, options):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_late_padding_equals_loops(grid):
-    """Regions of floor(size / 3); padded after qkv; padding is in no mean, is a key of zeros, and not in the convolution."""
+    """Regions of floor(size / 3); padded after qkv: in no mean, keys of zeros, not in the convolution."""
     module = made(LatePaddedRouting, grid=grid, regions=3, topk=2)
     x = image_of(grid)
     side = tuple(max(size // 3, 1) for size in grid)
@@ -99,7 +99,8 @@ def test_late_padding_equals_loops(grid):
     with torch.no_grad():
         qkv = module.qkv(x[0])
         real = {place for place in product(*map(range, grid))}
-        wanted = slow(module, tokens_of(zero_padded(qkv, full), 8), full, side, lambda place: place in real).view(*full, 8)
+        tokens = tokens_of(zero_padded(qkv, full), 8)
+        wanted = slow(module, tokens, full, side, lambda place: place in real).view(*full, 8)
         wanted = wanted[tuple(slice(size) for size in grid)]
         wanted = module.proj(wanted + module.local(qkv[None, ..., 16:])[0])
         torch.testing.assert_close(module(x)[0], wanted, rtol=1e-10, atol=1e-10)

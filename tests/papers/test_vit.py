@@ -23,7 +23,7 @@ def test_equal_to_timm(name, theirs):
         torch.nn.init.normal_(parameter, std=0.1)
     ours = create_model(name, depth=3).eval()
     report = load(ours, host.state_dict())
-    assert report.loaded == report.of == len(host.state_dict()) and not report.left
+    assert report.loaded == report.of == len(ours.state_dict()) and not report.left
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(image), host(image), rtol=1e-4, atol=1e-5)
