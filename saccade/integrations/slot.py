@@ -70,7 +70,8 @@ class ImageSize:
     size: Grid | None = None
 
     def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.size = tuple(the_tensor("the image", args, kwargs).shape[2:])
+        image = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.size = tuple(image.shape[2:])
 
 
 class Slot(nn.Module):

@@ -120,7 +120,8 @@ def test_key_maps_join_split_change_and_drop():
         (r"(.*)\.q", r"\1.qk#0"), (r"(.*)\.k", r"\1.qk#1"), (r"pair", ("first", "second")),
         (r"conv", "matrix", matrix_from_1x1), Dropped("index", "derived buffer"),
     )
-    found = rename({"a.k": k, "a.q": q, "pair": torch.arange(4), "conv": torch.ones(2, 3, 1, 1), "index": q, "own": k}, rules)
+    authors = {"a.k": k, "a.q": q, "pair": torch.arange(4), "conv": torch.ones(2, 3, 1, 1), "index": q, "own": k}
+    found = rename(authors, rules)
     assert torch.equal(found.state["a.qk"], torch.cat([q, k]))
     assert found.state["first"].tolist() == [0, 1] and found.state["second"].tolist() == [2, 3]
     assert found.state["matrix"].shape == (2, 3) and found.dropped == {"index": "derived buffer"}

@@ -37,7 +37,8 @@ def test_gradients_equal_timms():
     image = torch.randn(2, 3, 64, 64)
     host(image).square().sum().backward()
     ours(image).square().sum().backward()
-    torch.testing.assert_close(ours.blocks[0].mixer.qkv.weight.grad, host.blocks[0].attn.qkv.weight.grad, rtol=1e-4, atol=1e-6)
+    ours_qkv, host_qkv = ours.blocks[0].mixer.qkv, host.blocks[0].attn.qkv
+    torch.testing.assert_close(ours_qkv.weight.grad, host_qkv.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.position.grad, host.pos_embed.grad, rtol=1e-4, atol=1e-6)
 
 

@@ -192,3 +192,44 @@ def stl_network(args: Args, common: Args, late: bool) -> Pyramid:
 def layer(args: Args, site: Site, late: bool) -> nn.Sequential:
     """BasicLayer."""
     return nn.Sequential(*(stl_block(args, site, late) for _ in range(args["depth"])))
+
+
+def build(golden: dict) -> Port:
+    args, what = golden["source"]["args"], golden["source"]["object"]
+    late = golden["source"]["file"].endswith("nchw.py")
+    site = Site(args.get("dim", 64), args.get("num_heads", 8))
+    first = channels_last, channels_first
+    match what:
+        case "BiLevelRoutingAttention":
+            return Port(routing(args, site), key_map(MIXER))
+        case "nchwBRA":
+            return Port(late_routing(args, site), key_map(MIXER), *first)
+        case "AttentionLePE":
+            return Port(with_lepe(args, site, of_values=False), key_map(MIXER))
+        case "nchwAttentionLePE":
+            return Port(with_lepe(args, site, of_values=True), key_map(MIXER), *first)
+        case "Attention":
+            return Port(attention(args, site), key_map(MIXER))
+        case "Block":
+            return Port(block(args, site), key_map(OF_BLOCK), *first)
+        case "BiFormerBlock":
+            return Port(stl_block(args, site, late), key_map(OF_BLOCK), *(first if late else ()))
+        case "BasicLayer":
+            return Port(layer(args, site, late), key_map(OF_LAYER), *first)
+    common = dict(img_size=tuple(next(iter(make_inputs(golden).values())).shape[2:]),
+                  num_classes=args.get("num_classes", 1000), in_chans=args.get("in_chans", 3))
+    if what in ("biformer_tiny", "biformer_small", "biformer_base"):
+        size = SIZES[what]
+        factory = dict(depth=size["depths"], embed_dim=size["dims"], qk_dims=size["dims"], mlp_ratios=[3] * 4,
+                       head_dim=32, topks=[1, 4, 16, -2], kv_downsample_mode="identity")
+        model = network(factory | args, common)
+    elif what in ("biformer_stl", "biformer_stl_nchw"):
+        factory = dict(norm_layer="BatchNorm2d", topks=[1, 4, 16, -1] if late else [1, 4, 16, -2])
+        model = stl_network(factory | args, common, late)
+    elif what == "BiFormer":
+        model = network(args, common)
+    elif what in ("BiFormerSTL", "nchwBiFormerSTL"):
+        model = stl_network(args, common, late)
+    else:
+        raise NotImplementedError(what)
+    return Port(model, key_map(OF_MODEL), taps={name: TAPS[name] for name in golden["outputs"] if name in TAPS})
