@@ -18,7 +18,7 @@ $(BIN).saccade-installed: pyproject.toml
 	@touch $@
 
 demo: setup ## Compare five backbones on tiles of photographs; the report is at runs/demo/report.html
-	$(BIN)saccade compare tiles --models swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano --seeds 2 --budget 5m --out runs/demo
+	$(BIN)saccade compare tiles --models swin_nano,convnext_nano,nat_nano,biformer_nano,poolformer_nano --seeds 2 --epochs 2 --out runs/demo
 
 test: setup ## Everything light, within 25 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest -n 2 -m "not slow"

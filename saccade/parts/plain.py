@@ -33,8 +33,10 @@ class PrefixBlind(nn.Module):
         super().__init__()
         self.mixer, self.mode = mixer, mode
 
-    def forward(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         x = self.mixer(x)
+        if prefix is None:
+            return x
         if self.mode == "none":
             return x, torch.zeros_like(prefix)
         return x, x.flatten(1, -2).mean(1, keepdim=True).expand_as(prefix)

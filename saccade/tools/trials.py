@@ -25,7 +25,7 @@ from saccade.tools.contestants import Contestant
 RATES = {"scratch": (3e-4, 1e-3, 3e-3), "finetune": (3e-5, 1e-4, 3e-4)}
 RATE_SHARE = 3  # a learning rate is tried for this fraction of the epochs, with the first seed
 UNMIRRORED = frozenset({"digits"})  # sets in which a mirrored picture is another thing
-CALIBRATION_STEPS, CALIBRATION_SECONDS = 12, 3.0
+CALIBRATION_EPOCHS, CALIBRATION_SECONDS = 3, 3.0  # whichever is over first
 
 Watch = Callable[[float, str], None]  # how many epochs of this trial are done, and what is going on
 
@@ -102,30 +102,35 @@ def check(arena: Arena, entrant: Contestant) -> None:
 
 
 def seconds_per_epoch(arena: Arena, entrant: Contestant) -> float:
-    """How long an epoch takes, from the first steps of a training that is thrown away."""
-    moments: list[float] = []
+    """How long an epoch takes, from the first epochs or steps of a training that is thrown away."""
+    moments: list[float] = []  # ends of steps
+    starts: list[float] = []  # those of them that end the first step of an epoch
     steps = 0
 
     def watch(progress: Progress) -> None:
         nonlocal steps
         steps = progress.steps
         moments.append(time.perf_counter())
-        if len(moments) > CALIBRATION_STEPS or (len(moments) > 2 and moments[-1] - moments[0] > CALIBRATION_SECONDS):
+        if progress.step == 1:
+            starts.append(moments[-1])
+        if len(starts) > CALIBRATION_EPOCHS or (len(moments) > 2 and moments[-1] - moments[0] > CALIBRATION_SECONDS):
             raise _Enough
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            recipe = arena.recipe(RATES[arena.start][0], 0, CALIBRATION_STEPS + 1)  # an epoch has at least one step
+            recipe = arena.recipe(RATES[arena.start][0], 0, CALIBRATION_EPOCHS + 1)
             fit(lambda: arena.model(entrant), arena.images, recipe, Path(folder), progress=watch)
         except _Enough:
             pass
+    if len(starts) > 1:
+        return (starts[-1] - starts[0]) / (len(starts) - 1)
     step = (moments[-1] - moments[0]) / (len(moments) - 1)
     # A step is a forward and a backward pass, which takes twice as long; validation is a forward pass.
     return step * (steps + len(arena.images.val) / arena.batch_size / 3)
 
 
 class _Enough(Exception):
-    """Steps enough to know the speed."""
+    """The speed is known."""
 
 
 def choose_rate(arena: Arena, entrant: Contestant, watch: Watch) -> float:
