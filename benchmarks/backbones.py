@@ -30,9 +30,10 @@ BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
 Row = dict[str, Any]
 
 
-def names_of_both(pattern: str, largest: float, size: int) -> list[str]:
+def names_of_both(patterns: list[str], largest: float, size: int) -> list[str]:
     """Our models that timm has too, native to `size`, of at most `largest` million parameters."""
-    names = [name for name in matching(list_models(), pattern) if native(timm_name(name)) == size]
+    chosen = dict.fromkeys(name for pattern in patterns for name in matching(list_models(), pattern))
+    names = [name for name in chosen if native(timm_name(name)) == size]
     return [name for name in names if million(name) <= largest]
 
 
@@ -99,7 +100,7 @@ def write(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="*", help="pattern of our names")
+    parser.add_argument("--models", nargs="+", default=["*"], help="patterns of our names")
     parser.add_argument("--largest", type=float, default=30, help="million parameters")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--size", type=int, default=224)
@@ -110,7 +111,7 @@ def main() -> None:
     settings = {key: getattr(options, key) for key in ("batch", "size", "threads", "rounds")}
     names = names_of_both(options.models, options.largest, options.size)
     if not names:
-        parser.error(f"no model {options.models!r} of at most {options.largest} M parameters is in timm too")
+        parser.error(f"no model of {options.models} of at most {options.largest} M parameters is in timm too")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         runs = pool.map(partial(run, names=names, settings=settings), range(options.runs), chunksize=1)
     write(section(runs, " ".join(["python benchmarks/backbones.py", *sys.argv[1:]]), settings))

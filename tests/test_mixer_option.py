@@ -32,11 +32,13 @@ def test_every_mixer_in_three_hosts(name, host):
 
 
 def test_by_stage_pattern_and_callable():
-    assert {type(mixer) for mixer in mixers(create_model("swin_nano", mixer="neighborhood", kernel=5))} == {Neighborhood}
+    named = mixers(create_model("swin_nano", mixer="neighborhood", kernel=5))
+    assert {type(mixer) for mixer in named} == {Neighborhood} and named[0].kernel == 5
     staged = mixers(create_model("swin_nano", mixer=["pooling", "neighborhood", partial(Depthwise, kernel=3)]))
     assert [type(mixer) for mixer in staged] == [Pooling, Neighborhood, Neighborhood, Depthwise, Depthwise]
     assert staged[-1].kernel == 3
-    patterned = mixers(create_model("swin_nano", mixer={"stages.2.blocks.1": "pooling", "stages.0.*.mixer": "identity"}))
+    patterns = {"stages.2.blocks.1": "pooling", "stages.0.*.mixer": "identity"}
+    patterned = mixers(create_model("swin_nano", mixer=patterns))
     assert [type(mixer).__name__ for mixer in patterned] == ["Identity", *["ShiftedWindow"] * 3, "Pooling"]
     called = mixers(create_model("convnext_nano", mixer=lambda site: ShiftedWindow(site, window=2)))
     assert [mixer.window for mixer in called] == [(2, 2)] * 5

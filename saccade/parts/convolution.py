@@ -19,8 +19,16 @@ def on_grid(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _OnGrid(nn.Module):
+    groups: int
+    weight: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()
+        image = x.movedim(-1, 1)
+        known = all(isinstance(side, int) for side in x.shape)
+        if known and self.groups == 1 and self.weight.numel() > x.numel():
+            # Channels-last kernels are copied on each call: where they outweigh the map, the map is the smaller copy.
+            image = image.contiguous()
+        return super().forward(image).movedim(1, -1).contiguous()
 
 
 class GridConv1d(_OnGrid, nn.Conv1d):
