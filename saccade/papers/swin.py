@@ -83,12 +83,11 @@ class ShiftedWindow(WindowAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        x = pad_to_multiple(x, self.window)
-        padded, axes = tuple(x.shape[1:-1]), tuple(range(1, x.ndim - 1))
         shift = shift_at(grid, self.window, self.shift)
         if isinstance(shift, int) and shift == 0:
-            windows = self.attend(partition(x, self.window), grid, (0,) * len(grid))
-            return crop(merge(windows, self.window, padded), grid)
+            return super().forward(x)
+        x = pad_to_multiple(x, self.window)
+        padded, axes = tuple(x.shape[1:-1]), tuple(range(1, x.ndim - 1))
         shifts = (shift,) * len(grid)
         x = x.roll([-step for step in shifts], axes)
         mask = region_mask(padded, self.window, shift, x.device)

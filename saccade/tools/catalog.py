@@ -51,9 +51,9 @@ def build_index() -> dict[str, Any]:
 def systems() -> list[dict[str, Any]]:
     """The mission's systems with their derived status: planned, implemented (a card), verified (goldens or tests)."""
     listed = json.loads((resources.files("saccade") / "systems.json").read_text(encoding="utf-8"))
-    rows = []
+    known, rows = cards(), []
     for system in listed:
-        serving = {paper: card for paper, card in cards().items() if system["slug"] in card.systems}
+        serving = {paper: card for paper, card in known.items() if system["slug"] in card.systems}
         proofs = [proof for card in serving.values() for proof in (*card.goldens, *card.tests)]
         status = "verified" if proofs else "implemented" if serving else "planned"
         rows.append(system | {"status": status, "papers": sorted(serving)})
