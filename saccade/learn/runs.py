@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
+from saccade.core.files import write_whole
 from saccade.core.load import load
 from saccade.learn.data import ImageSet, Split, open_images
 from saccade.learn.pictures import read_image
@@ -68,11 +69,11 @@ def train(
     make()  # a wrong name or checkpoint is told before anything is written
     fitted = fit(make, images, recipe, _folder(out), progress=progress)
     card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std}
-    (out / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std)
     found = {"val": _scores(run, images.val), "test": _scores(run, images.test), "training_seconds": fitted.seconds,
              "data": {"name": images.name, "fingerprint": images.fingerprint, "notes": images.notes}}
-    (out / "metrics.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(out / "metrics.json", json.dumps(found, indent=1, ensure_ascii=False))
     return found
 
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 import saccade
 from saccade.core.errors import SaccadeError
+from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet, open_images
 from saccade.tools.contestants import Contestant, contestants, reason, references, start_of
 from saccade.tools.report import write_report
@@ -39,7 +40,6 @@ from saccade.tools.trials import (
     seconds_per_epoch,
     trained_answers,
     unlearned_answers,
-    write_whole,
 )
 from saccade.tools.watch import Bar, Watch
 

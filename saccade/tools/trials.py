@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet
 from saccade.learn.probe import extract, probe, reference_predictions
 from saccade.learn.runs import CARD
@@ -79,13 +79,6 @@ class Answers:
     learning_rate: float | None = None
     curves: dict[str, list[float]] | None = None
     by_neighbours: list[int] | None = None  # beside the linear classifier's, after a probe
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there either as a whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def check(arena: Arena, entrant: Contestant) -> None:
