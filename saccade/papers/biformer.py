@@ -35,10 +35,11 @@ from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
-from saccade.parts.convolution import at_least, depthwise, grid_conv, on_grid
+from saccade.parts.convolution import at_least, conv_norm, depthwise, grid_conv, on_grid
 from saccade.parts.mlp import Gelu, Mlp
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
+from saccade.parts.stem import ConvStem
 from saccade.parts.tokens import global_tokens
 
 _SHARES = {
@@ -274,13 +275,6 @@ def region_tokens(grid: Grid, side: Grid, padded: Grid, device: torch.device) ->
     return partition(pad_to(numbers, padded), side).squeeze(-1) - 1
 
 
-class Stem(nn.Sequential):
-    """Layers on grids, put on an image: (B, C, *size) -> (B, *grid, dim). Sides under 4 pixels are zero-padded to 4."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return super().forward(at_least(image, 4, first=2).movedim(1, -1).contiguous())
-
-
 class Merging(nn.Sequential):
     """Layers that merge 2x2 tokens. A side of one token is zero-padded to two; an odd one loses its last."""
 
@@ -290,7 +284,7 @@ class Merging(nn.Sequential):
 
 def halve(rank: int, dim: int, out_dim: int) -> list[nn.Module]:
     """A 3x3 convolution of stride 2 and a batch norm."""
-    return [grid_conv(rank, dim, out_dim, 3, stride=2, padding=1), BatchNorm(out_dim)]
+    return conv_norm(rank, dim, out_dim, stride=2, bias=True)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -316,10 +310,10 @@ def biformer(
 
     For dense prediction the authors set `regions` to 8 (segmentation at 512) or 16 (detection).
     """
-    def stem(rank: int, in_chans: int, dim: int) -> Stem:
+    def stem(rank: int, in_chans: int, dim: int) -> ConvStem:
         if patch == 2:
-            return Stem(*halve(rank, in_chans, dim))
-        return Stem(*halve(rank, in_chans, dim // 2), Gelu(), *halve(rank, dim // 2, dim))
+            return ConvStem(*halve(rank, in_chans, dim))
+        return ConvStem(*halve(rank, in_chans, dim // 2), Gelu(), *halve(rank, dim // 2, dim))
 
     def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
         position = depthwise(site.rank, site.dim, 3)
@@ -347,7 +341,8 @@ def biformer_stl(
     full = partial(EnhancedAttention, of_values=late_padding)
     return Pyramid(
         dims, depths, [max(dim // 32, 1) for dim in dims],
-        stem=lambda rank, in_chans, dim: Stem(grid_conv(rank, in_chans, dim, 4, stride=4), BatchNorm(dim)),
+        stem=lambda rank, in_chans, dim: ConvStem(
+            grid_conv(rank, in_chans, dim, 4, stride=4), BatchNorm(dim), least=4),
         downsample=lambda rank, dim, out_dim: Merging(BatchNorm(dim), grid_conv(rank, dim, out_dim, 2, stride=2)),
         block=Block, mixer=[partial(routing, regions=regions, topk=topk) if topk else full for topk in topks],
         norm=BatchNorm, replace=mixer, **common,

@@ -34,11 +34,12 @@ from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
-from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.convolution import conv_norm, depthwise
 from saccade.parts.head import Head
-from saccade.parts.mlp import Gelu
+from saccade.parts.mlp import Gelu, LocalMlp
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
+from saccade.parts.stem import ConvStem
 from saccade.parts.tokens import global_tokens
 
 _PUBLISHED = ("rmt_t", "rmt_s", "rmt_b", "rmt_l")
@@ -166,39 +167,15 @@ def line_tokens(grid: Grid, axis: int, device: torch.device) -> tuple[Tensor, Te
     return tokens, tokens
 
 
-class LocalMlp(nn.Module):
-    """fc2(h + conv(h)), h = gelu(fc1(x)), conv a 3x3 depthwise convolution: (B, *grid, C) -> (B, *grid, C)."""
-
-    def __init__(self, rank: int, dim: int, ratio: float) -> None:
-        super().__init__()
-        hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.activation = Gelu()
-        self.local = depthwise(rank, hidden, 3)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.fc1(x))
-        return self.fc2(self.local(hidden) + hidden)
-
-
-class Stem(nn.Sequential):
+class Stem(ConvStem):
     """Two 3x3 convolutions for each halving, the first of stride 2: (B, C, *size) -> (B, *ceil(size / patch), dim)."""
 
     def __init__(self, rank: int, in_chans: int, dim: int, patch: int = 4) -> None:
         halvings = patch.bit_length() - 1
         widths = [in_chans, *(dim // 2 ** (halvings - 1 - step // 2) for step in range(2 * halvings))]
         layers = [layer for step, sizes in enumerate(zip(widths, widths[1:], strict=False))
-                  for layer in (*convolution(rank, *sizes, stride=2 - step % 2), Gelu())]
+                  for layer in (*conv_norm(rank, sizes[0], sizes[1], stride=2 - step % 2, bias=True), Gelu())]
         super().__init__(*layers[:-1])
-
-    def forward(self, image: Tensor) -> Tensor:
-        return super().forward(image.movedim(1, -1).contiguous())
-
-
-def convolution(rank: int, dim: int, out_dim: int, stride: int = 2) -> tuple[nn.Module, nn.Module]:
-    """A 3x3 convolution and a batch norm."""
-    return grid_conv(rank, dim, out_dim, 3, stride=stride, padding=1), BatchNorm(out_dim)
 
 
 def head_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> Head:
@@ -245,7 +222,7 @@ def rmt(
 
     model = Pyramid(
         dims, depths, heads, stem=partial(Stem, patch=patch), stride=patch,
-        downsample=lambda *sizes: nn.Sequential(*convolution(*sizes)), block=block,
+        downsample=lambda rank, dim, out: nn.Sequential(*conv_norm(rank, dim, out, stride=2, bias=True)), block=block,
         mixer=[partial(ManhattanAttention, decomposed=apart, initial=initial, span=span)
                for apart, initial, span in zip(decomposed, initials, spans, strict=False)],
         norm=lambda dim: nn.Sequential(nn.Linear(dim, projection), BatchNorm(projection), nn.SiLU()),

@@ -10,6 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.parts.norm import BatchNorm
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -69,3 +71,12 @@ def depthwise(rank: int, dim: int, kernel: int, dilation: int = 1, bias: bool = 
     """A depthwise convolution that keeps the grid (odd kernels)."""
     padding = dilation * (kernel - 1) // 2
     return grid_conv(rank, dim, dim, kernel, padding=padding, dilation=dilation, groups=dim, bias=bias)
+
+
+def conv_norm(
+    rank: int, dim: int, out_dim: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
+) -> list[nn.Module]:
+    """A convolution (an odd kernel keeps the grid, up to the stride) and a batch norm, for an `nn.Sequential`."""
+    padding = kernel // 2
+    return [grid_conv(rank, dim, out_dim, kernel, stride=stride, padding=padding, groups=groups, bias=bias),
+            BatchNorm(out_dim)]

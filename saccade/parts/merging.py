@@ -1,11 +1,14 @@
-"""Patch merging: the downsampling of Swin and its kin."""
+"""Between stages: patch merging (Swin and its kin) and convolutions with stride (PVT v2 and its kin)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from saccade.ops.window import pad_to_multiple
+from saccade.parts.convolution import grid_conv
 
 
 class PatchMerging(nn.Module):
@@ -28,3 +31,16 @@ class PatchMerging(nn.Module):
         order = [0, *range(1, 2 * rank, 2), *range(2 * rank, 1, -2), 2 * rank + 1]
         x = x.permute(order).clone(memory_format=torch.contiguous_format).flatten(rank + 1)
         return self.reduction(self.norm(x))
+
+
+class ConvMerging(nn.Sequential):
+    """norm(convolution of stride 2): (B, *grid, C) -> (B, *ceil(grid / 2), out), overlapping patches for a kernel of 3.
+
+    (Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", 2022, section 3.2.)
+    """
+
+    def __init__(
+        self, rank: int, dim: int, out_dim: int, kernel: int = 3, norm: Callable[[int], nn.Module] = nn.LayerNorm
+    ) -> None:
+        conv = grid_conv(rank, dim, out_dim, kernel, stride=2, padding=(kernel - 1) // 2)
+        super().__init__(conv, norm(out_dim))

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from saccade.parts.convolution import depthwise
+
 WHOLE, PIECE = 2**21, 4096  # hidden numbers that are computed at once; else rows a piece (measured on a CPU)
 
 
@@ -43,3 +45,34 @@ class Mlp(nn.Module):
         # The hidden state of a large map would leave the cache three times: take it in pieces that stay.
         pieces = x.flatten(0, -2).split(PIECE)
         return torch.cat([self.fc2(self.activation(self.fc1(piece))) for piece in pieces]).view(*x.shape[:-1], -1)
+
+
+class ConvMlp(nn.Module):
+    """fc2(act(conv(fc1(x)))), conv a 3x3 depthwise convolution on the hidden map: (B, *grid, C) -> (B, *grid, C).
+
+    (Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", 2022, section 3.3.)
+    """
+
+    def __init__(
+        self, rank: int, dim: int, ratio: float = 4.0, activation: Callable[[], nn.Module] = Gelu
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.local = depthwise(rank, hidden, 3)
+        self.activation = activation()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.local(self.fc1(x))))
+
+
+class LocalMlp(ConvMlp):
+    """fc2(h + conv(h)), h = act(fc1(x)): the convolution stands after the activation, beside a shortcut.
+
+    (Fan et al., "RMT: Retentive Networks Meet Vision Transformers", 2023, the authors' feed-forward network.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.fc1(x))
+        return self.fc2(self.local(hidden) + hidden)

@@ -15,24 +15,25 @@ from saccade.parts.head import Head
 
 
 class Stage(nn.Module):
-    """A downsampling and the blocks on its grid: (B, *grid, C) -> (B, *grid', C')."""
+    """norm(blocks(downsample(x))): (B, *grid, C) -> (B, *grid', C')."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+        return self.norm(self.blocks(self.downsample(x)))
 
 
 class Pyramid(Backbone):
     """A hierarchical backbone: images (B, C, *size) in, maps (B, C_i, *grid_i) at growing strides out.
 
-    The paper gives callables: `stem(rank, in_chans, dim)`, `downsample(rank, dim, out_dim)`,
-    `block(site, mixer, drop_path=rate)`, `mixer(site)` (or one a stage), `norm(dim)` on the last map, and
-    `head(dim, num_classes, global_pool)`. `replace` is the caller's mixer (see `create_model`). `stride` and
-    `downsample_stride` only tell the sites where they stand.
+    The paper gives callables: `stem(rank, in_chans, dim)`, `downsample(rank, dim, out_dim)` (or one for each stage
+    after the first), `block(site, mixer, drop_path=rate)`, `mixer(site)` (or one a stage), `norm(dim)` on the last map,
+    `stage_norm(dim)` at the end of every stage, and `head(dim, num_classes, global_pool)`. `replace` is the caller's
+    mixer (see `create_model`). `stride` and `downsample_stride` only tell the sites where they stand.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Pyramid(Backbone):
         heads: Sequence[int],
         *,
         stem: Callable[[int, int, int], nn.Module],
-        downsample: Callable[[int, int, int], nn.Module],
+        downsample: Callable[[int, int, int], nn.Module] | Sequence[Callable[[int, int, int], nn.Module]],
         block: Callable[..., nn.Module],
         mixer: MixerFactory | Sequence[MixerFactory],
         norm: Callable[[int], nn.Module] | None = None,
+        stage_norm: Callable[[int], nn.Module] | None = None,
         head: Callable[[int, int, str], nn.Module] = Head,
         stride: int = 4,
         downsample_stride: int = 2,
@@ -63,6 +65,7 @@ class Pyramid(Backbone):
         build_mixer = choose_mixer(replace, mixer)
         rates = drop_path_rates(drop_path_rate, sum(depths))
         self.stem = stem(rank, in_chans, dims[0])
+        lowers = [downsample] * (len(depths) - 1) if callable(downsample) else downsample
         stages, names = [], []
         for number, depth in enumerate(depths):
             step = stride * downsample_stride**number
@@ -72,8 +75,8 @@ class Pyramid(Backbone):
                 site = Site(dims[number], heads[number], number, index, step, grid)
                 names.append(f"stages.{number}.blocks.{index}")
                 blocks.append(block(site, build_mixer(site, names[-1]), drop_path=rates.pop(0)))
-            lower = downsample(rank, dims[number - 1], dims[number]) if number else nn.Identity()
-            stages.append(Stage(lower, blocks))
+            lower = lowers[number - 1](rank, dims[number - 1], dims[number]) if number else nn.Identity()
+            stages.append(Stage(lower, blocks, stage_norm(dims[number]) if stage_norm is not None else None))
         check_patterns(replace, names)
         self.stages = nn.ModuleList(stages)
         self.norm = norm(dims[-1]) if norm is not None else nn.Identity()

@@ -44,6 +44,17 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(image).movedim(1, -1).contiguous())
 
 
+class ConvStem(nn.Sequential):
+    """Layers on grids, put on an image: (B, C, *size) -> (B, *grid, dim). Sides under `least` are zero-padded to it."""
+
+    def __init__(self, *layers: nn.Module, least: int = 1) -> None:
+        super().__init__(*layers)
+        self.least = least
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(at_least(image, self.least, first=2).movedim(1, -1).contiguous())
+
+
 def pad_image(image: Tensor, multiple: int) -> Tensor:
     """Zero-pad the end of each axis of (B, C, *size) to whole multiples."""
     amounts = [(-side) % multiple for side in image.shape[2:]]
