@@ -1,6 +1,6 @@
 """Our backbones beside timm's, same weights: `saccade bench --against timm` for every model that both have.
 
-    python benchmarks/backbones.py
+    python -m benchmarks.backbones
 
 Three complete runs, each in a fresh process, in which ours and timm's take turns. Writes its section of RESULTS.md.
 """
@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import platform
 import sys
 from functools import partial
-from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
 import timm
 import torch
 
+from benchmarks.results import write_section
 from saccade import SaccadeError, create_model, list_models
 from saccade.core.names import matching
 from saccade.tools.bench import bench, timm_name
-
-RESULTS = Path(__file__).with_name("RESULTS.md")
-BEGIN, END = "<!-- backbones: begin -->", "<!-- backbones: end -->"
 
 Row = dict[str, Any]
 
@@ -87,17 +83,6 @@ def section(runs: list[list[Row]], command: str, settings: dict[str, Any]) -> st
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Put `text` between the markers of RESULTS.md; what stands around them is kept."""
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
-    if BEGIN not in old:
-        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    unfinished = RESULTS.with_suffix(".new")
-    unfinished.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    os.replace(unfinished, RESULTS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["*"], help="patterns of our names")
@@ -114,7 +99,7 @@ def main() -> None:
         parser.error(f"no model of {options.models} of at most {options.largest} M parameters is in timm too")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         runs = pool.map(partial(run, names=names, settings=settings), range(options.runs), chunksize=1)
-    write(section(runs, " ".join(["python benchmarks/backbones.py", *sys.argv[1:]]), settings))
+    write_section("backbones", section(runs, " ".join(["python -m benchmarks.backbones", *sys.argv[1:]]), settings))
 
 
 if __name__ == "__main__":

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
 
-from saccade import list_mixers
+from benchmarks.textbook import forms
 from tests.contracts.registered import mixer
-
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "textbook"
-FORMS = {name: getattr(module, name) for path in sorted(FOLDER.glob("[!_]*.py"))
-         for module in [import_module(f"benchmarks.textbook.{path.stem}")]
-         for name in list_mixers() if hasattr(module, name)}
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (9, 13)])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", forms())
 def test_mixer_equals_its_textbook_form(name, grid):
     module = mixer(name, grid=grid).double()
     x = torch.randn(2, *grid, 32, dtype=torch.float64, requires_grad=True)
-    ours, wanted = module(x), FORMS[name](module, x)
+    ours, wanted = module(x), forms()[name](module, x)
     torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-8)
     cotangent = torch.randn_like(ours)
     for got, want in zip(*(torch.autograd.grad(out, x, cotangent) for out in (ours, wanted))):
