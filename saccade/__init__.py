@@ -9,10 +9,11 @@ from saccade.core.load import LoadReport, load
 from saccade.core.record import record
 from saccade.core.site import Site
 from saccade.integrations.slot import swap
+from saccade.integrations.timm_registry import register_with_timm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoadReport", "SaccadeError", "Site", "create_mixer", "create_model", "find", "info", "list_mixers", "list_models",
-    "load", "record", "swap",
+    "load", "record", "register_with_timm", "swap",
 ]
