@@ -12,6 +12,7 @@ from saccade.papers.convnext import Depthwise
 from saccade.papers.metaformer import Pooling
 from saccade.papers.nat import Neighborhood
 from saccade.papers.swin import ShiftedWindow
+from saccade.tools.matrix import PAGE, column, hosts, recorded
 
 HOSTS = ("swin_nano", "convnext_nano", "deit_nano")
 
@@ -29,6 +30,18 @@ def test_every_mixer_in_three_hosts(name, host):
     out.sum().backward()
     assert out.shape == (2, 3) and out.isfinite().all()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_matrix_is_of_all_pairs():
+    columns = recorded(PAGE.read_text(encoding="utf-8"))
+    assert {host: list(cells) for host, cells in columns.items()} == {host: list_mixers() for host in hosts()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", hosts())
+def test_the_matrix_is_true(host):
+    """Every mixer in one backbone, run again."""
+    assert column(host) == recorded(PAGE.read_text(encoding="utf-8"))[host]
 
 
 def test_by_stage_pattern_and_callable():
