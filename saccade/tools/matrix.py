@@ -1,6 +1,6 @@
 """Every mixer in every backbone: the table of which pairs run, made by running them.
 
-    python -m saccade.tools.matrix        writes docs/matrix.md (minutes: all pairs, forward and backward, at an odd size)
+    python -m saccade.tools.matrix        writes docs/matrix.md (minutes: all pairs, forward and backward)
 """
 
 from __future__ import annotations
