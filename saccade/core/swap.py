@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
 from saccade.core.names import matching
@@ -64,30 +65,71 @@ def swap_own(
     return Handle(model, new)
 
 
+# How softmax attention elsewhere names its projections of queries, keys and values, and the one of its output.
+QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q", "kv"))
+OUTPUT = ("o_proj", "out_proj", "dense")
+
+
 def keep_template(name: str, old: nn.Module, new: nn.Module) -> None:
     """Copy the trained projections that both mixers call their template; raises where one has no equal."""
-    for source, target in zip(_template(name, old), _template(name, new), strict=True):
-        given, wanted = source.state_dict(), target.state_dict()
-        for key in sorted(given.keys() | wanted.keys()):
-            shapes = [tuple(state[key].shape) if key in state else "missing" for state in (given, wanted)]
-            if shapes[0] != shapes[1]:
-                raise SaccadeError(f"keep_weights: the {key} of a projection of {name} is {shapes[0]} in the old and "
-                                   f"{shapes[1]} in the new mixer; swap without keep_weights")
-        target.load_state_dict(given)
+    target = _innermost(new)
+    kept = {f"{part}.{key}": value for part, state in zip(_template(name, new), _projections(name, old), strict=True)
+            for key, value in state.items()}
+    wanted = {f"{part}.{key}": value for part in _template(name, new)
+              for key, value in target.get_submodule(part).state_dict().items()}
+    for key in sorted(kept.keys() | wanted.keys()):
+        shapes = [tuple(state[key].shape) if key in state else "missing" for state in (kept, wanted)]
+        if shapes[0] != shapes[1]:
+            raise SaccadeError(f"keep_weights: {key} of {name} is {shapes[0]} in the old and {shapes[1]} in the new "
+                               "mixer; swap without keep_weights")
+    target.load_state_dict(kept, strict=False)
 
 
-def _template(name: str, mixer: nn.Module) -> list[nn.Module]:
-    """The template projections of a mixer: those it declares, else qkv and proj, where it has nothing else."""
+def _innermost(mixer: nn.Module) -> nn.Module:
+    """The mixer itself, out of a Slot or a PrefixBlind."""
     while not hasattr(mixer, "template") and isinstance(inner := getattr(mixer, "mixer", None), nn.Module):
-        mixer = inner  # a Slot or a PrefixBlind
-    template = getattr(mixer, "template", None)
+        mixer = inner
+    return mixer
+
+
+def _template(name: str, mixer: nn.Module) -> tuple[str, ...]:
+    """Names of the template projections that a mixer of ours declares."""
+    template = getattr(_innermost(mixer), "template", None)
     if template is None:
-        held = sorted({key.partition(".")[0] for key, _ in mixer.named_parameters()})
-        if held != ["proj", "qkv"]:
-            raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} declares no template and holds "
-                               f"{', '.join(held) or 'nothing'}, not just qkv and proj; swap without keep_weights")
-        template = ("qkv", "proj")
-    return [mixer.get_submodule(part) for part in template]
+        raise SaccadeError(f"keep_weights: {type(_innermost(mixer)).__name__} at {name} declares no template: it has "
+                           "none of the projections of softmax attention; swap without keep_weights")
+    return tuple(template)
+
+
+def _projections(name: str, mixer: nn.Module) -> list[dict[str, Tensor]]:
+    """The states of the template projections: those declared, else qkv and proj of a softmax attention without more."""
+    mixer = _innermost(mixer)
+    if hasattr(mixer, "template"):
+        return [mixer.get_submodule(part).state_dict() for part in mixer.template]  # type: ignore[union-attr]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in mixer.named_parameters():
+        owner, _, entry = key.replace("in_proj_", "qkv.").rpartition(".")  # nn.MultiheadAttention's
+        parts.setdefault(owner.rpartition(".")[2], {})[entry] = value.detach()
+    held = sorted(parts)
+    for names in QUERY_KEY_VALUE:
+        if parts.keys() >= set(names):
+            parts["qkv"] = _joined([parts.pop(part) for part in names])
+    for output in OUTPUT:
+        if output in parts:
+            parts["proj"] = parts.pop(output)
+    if parts.keys() != {"qkv", "proj"}:
+        raise SaccadeError(f"keep_weights: {type(mixer).__name__} at {name} holds {', '.join(held) or 'nothing'}, not "
+                           "just projections of queries, keys, values and output; swap without keep_weights")
+    return [parts["qkv"], parts["proj"]]
+
+
+def _joined(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Separate linear layers as one; where only some have a bias, the others' is zero."""
+    joined = {"weight": torch.cat([state["weight"] for state in states])}
+    if any("bias" in state for state in states):
+        joined["bias"] = torch.cat([state.get("bias", state["weight"].new_zeros(len(state["weight"])))
+                                    for state in states])
+    return joined
 
 
 def _replace(owner: nn.Module, child: str, module: nn.Module) -> None:
