@@ -16,6 +16,45 @@ from saccade.ops.tables import table
 GATHER = 27  # a key costs its tile this many query-key pairs (to fetch and to load), measured; it ranks tile sizes
 
 
+class Window(NamedTuple):
+    """What a query sees on one axis, in steps of its residue class."""
+
+    kernel: int
+    dilation: int
+    stride: int = 1
+    causal: bool = False
+
+    @property
+    def before(self) -> int:
+        """How many steps before a query its window can begin, where no border moves it."""
+        return self.kernel - 1 if self.causal else self.kernel // 2 + (self.stride - 1) // 2
+
+    @property
+    def margin(self) -> int:
+        """How many keys a tile fetches beyond one a query."""
+        return self.kernel - 1 + (0 if self.causal else self.stride - 1)
+
+    @property
+    def least(self) -> int:
+        """Fewest queries a tile, so that its keys hold the windows that a border moves, in the first tile or the last
+        two alone.
+        """
+        return self.kernel if self.causal or self.stride > 1 else self.kernel // 2 + 1
+
+    def whole_groups(self, queries: int) -> int:
+        """The next number of queries that is a multiple of the stride: tiles then have the same masks."""
+        return -(-queries // self.stride) * self.stride
+
+    def bounds(self, at: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last key that the queries `at` see in a class of `length` steps."""
+        middle = self.stride - 1 if self.causal else self.stride // 2
+        leader = (at // self.stride * self.stride + middle).minimum(length - 1)
+        if self.causal:
+            return (leader - self.kernel + 1).clamp(min=0), at
+        low = (leader - self.kernel // 2).clamp(min=0).minimum(length - self.kernel)
+        return low, low + self.kernel - 1
+
+
 class Axis(NamedTuple):
     """One axis cut in T tiles of Q queries, which see K keys at most; tiles whose masks agree are of one kind."""
 
@@ -48,25 +87,32 @@ def neighborhood_attention(
     dilation: int | tuple[int, ...] = 1,
     bias: Tensor | None = None,
     *,
+    stride: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
     scale: float | None = None,
 ) -> Tensor:
     """out_i = sum over j in N(i) of softmax_j(scale q_i . k_j + bias[j - i]) v_j, with exactly prod(kernel) j in N(i).
 
     On each axis N(i) holds the `kernel` positions i + dilation * step around i (an even kernel has one more before i
-    than after it), moved inwards at the borders, so that it is never cut or padded; j stays in i's residue class.
+    than after it), moved inwards at the borders, so that it is never cut or padded; j stays in i's residue class. With
+    a `stride`, the queries of a group of that many steps share the window of their middle one (of the later of two
+    middle ones). On a `causal` axis the window ends at i and starts `kernel` - 1 steps before the group's last query:
+    there the first queries see fewer keys.
 
-    q, k, v, out (B, *S, h, d) with one, two or three grid axes S: views of one Linear's output, uncopied. kernel and
-    dilation are one number or one an axis. bias (h, 2 k_1 - 1, ...) is indexed by (j - i) / dilation + k - 1. scale
-    defaults to d^-1/2. Raises SaccadeError where shapes disagree or an axis is under kernel x dilation (pad first).
+    q, k, v, out (B, *S, h, d) with one, two or three grid axes S: views of one Linear's output, uncopied. kernel,
+    dilation, stride, causal are one value or one an axis. bias (h, 2 k_1 - 1, ...) is indexed by (j - i) / dilation
+    + k - 1. scale defaults to d^-1/2. Raises SaccadeError where shapes disagree, an axis is under kernel x dilation
+    (pad first), or a stride is over its kernel.
 
     Fast because a tile of near queries fetches the keys around it once and attends to them densely under a mask.
     Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3; Hassani and Shi, Dilated Neighborhood
-    Attention Transformer, 2022, section 3.
+    Attention Transformer, 2022, section 3; Hassani et al., Faster Neighborhood Attention, 2024 (causal), and its code
+    (stride).
     """
-    kernels, dilations = _checked(q, k, v, kernel, dilation, bias)
     B, *grid, h, d = q.shape
     rank = len(grid)
-    tiles = _tiles(B, tuple(grid), kernels, dilations, q.dtype, q.device)
+    windows = _checked(q, k, v, kernel, dilation, stride, causal, bias)
+    tiles = _tiles(B, tuple(grid), windows, q.dtype, q.device)
     T, Q, K = tiles.shape
     whole = isinstance(T, int) and T == 1  # one tile holds all tokens in their order: nothing to fetch
     logits = tiles.mask
@@ -93,42 +139,45 @@ def neighborhood_attention(
 
 
 def _checked(
-    q: Tensor, k: Tensor, v: Tensor, kernel: int | tuple[int, ...], dilation: int | tuple[int, ...], bias: Tensor | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """kernel and dilation an axis, once everything is known to fit."""
+    q: Tensor, k: Tensor, v: Tensor, kernel: int | tuple[int, ...], dilation: int | tuple[int, ...],
+    stride: int | tuple[int, ...], causal: bool | tuple[bool, ...], bias: Tensor | None,
+) -> tuple[Window, ...]:
+    """The window on each axis, once everything is known to fit."""
     rank = q.dim() - 3
     if not 1 <= rank <= 3 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise SaccadeError(f"q, k, v of shapes {shapes}: give all three as (B, *grid, heads, d) with 1 to 3 grid axes")
-    kernels = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
-    dilations = (dilation,) * rank if isinstance(dilation, int) else tuple(dilation)
-    if len(kernels) != rank or len(dilations) != rank or min(*kernels, *dilations) < 1:
-        raise SaccadeError(f"kernel {kernel}, dilation {dilation}: give one positive number, or one an axis ({rank})")
-    for size, window, step in zip(q.shape[1:-2], kernels, dilations, strict=True):
-        if isinstance(size, int) and size < window * step:  # of a size left open it would be a guard
-            raise SaccadeError(f"axis of {size} under kernel {window} x dilation {step}: pad it to {window * step}")
-    if bias is not None and bias.shape != (q.shape[-2], *[2 * window - 1 for window in kernels]):
-        expected = (q.shape[-2], *[2 * window - 1 for window in kernels])
+    each = [(value,) * rank if isinstance(value, int) else tuple(value) for value in (kernel, dilation, stride, causal)]
+    if any(len(values) != rank for values in each) or min(*each[0], *each[1], *each[2]) < 1:
+        raise SaccadeError(f"kernel {kernel}, dilation {dilation}, stride {stride}, causal {causal}: give one positive "
+                           f"number, or one an axis ({rank}), for each")
+    windows = tuple(Window(*of_axis) for of_axis in zip(*each, strict=True))
+    for size, (side, step, group, _) in zip(q.shape[1:-2], windows, strict=True):
+        if isinstance(size, int) and size < side * step:  # of a size left open it would be a guard
+            raise SaccadeError(f"axis of {size} under kernel {side} x dilation {step}: pad it to {side * step}")
+        if group > side:
+            raise SaccadeError(f"stride {group} over kernel {side}: some queries would see none; give at most {side}")
+    expected = (q.shape[-2], *[2 * window.kernel - 1 for window in windows])
+    if bias is not None and bias.shape != expected:
         raise SaccadeError(f"bias of shape {tuple(bias.shape)}: give {expected}, that is (heads, 2 kernel - 1 an axis)")
-    return kernels, dilations
+    return windows
 
 
 @table
 def _tiles(
-    B: int, grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype,
-    device: torch.device,
+    B: int, grid: tuple[int, ...], windows: tuple[Window, ...], dtype: torch.dtype, device: torch.device
 ) -> Tiles:
-    sizes = _tile_sizes(grid, kernel, dilation)
-    first, *others = [_axis(*of_axis, device) for of_axis in zip(grid, kernel, dilation, sizes, strict=True)]
+    sizes = _tile_sizes(grid, windows)
+    first, *others = [_axis(*of_axis, device) for of_axis in zip(grid, windows, sizes, strict=True)]
     query, key, tile, row, kind, seen, shift = first
-    for size, window, axis in zip(grid[1:], kernel[1:], others, strict=True):
+    for size, window, axis in zip(grid[1:], windows[1:], others, strict=True):
         query = _outer(query * size, axis.query)
         key = _outer(key * size, axis.key)
         tile = (tile[:, None] * axis.query.shape[0] + axis.tile).flatten()
         row = (row[:, None] * axis.query.shape[1] + axis.row).flatten()
         kind = (kind[:, None] * axis.seen.shape[0] + axis.kind).flatten()
         seen = _outer(seen, axis.seen)
-        shift = _outer(shift[None] * (2 * window - 1), axis.shift[None])[0]
+        shift = _outer(shift[None] * (2 * window.kernel - 1), axis.shift[None])[0]
     (T, Q), K, N = query.shape, key.shape[1], prod(grid)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
     image = torch.arange(B, device=device)[:, None]
@@ -152,35 +201,34 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return c
 
 
-def _tile_sizes(
-    grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[int | None, ...]:
+def _tile_sizes(grid: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[int | None, ...]:
     """Queries a tile, an axis: residue classes are cut in 1, 2, 4, ... so that it costs least; None if not known."""
     # Sizes that torch.export leaves open cannot choose: any branch on them would be baked in.
     if not all(isinstance(size, int) for size in grid):
         return (None,) * len(grid)
-    choices, groups = [], prod(dilation)
-    for size, window, step in zip(grid, kernel, dilation, strict=True):
-        longest = -(-size // step)
-        cuts = {-(-longest // 2**power) for power in range(longest.bit_length())}
-        choices.append([(longest, t) for t in sorted(cuts) if t == longest or t > window // 2])
+    choices, groups = [], prod([window.dilation for window in windows])
+    for size, window in zip(grid, windows, strict=True):
+        longest = -(-size // window.dilation)
+        cuts = {window.whole_groups(-(-longest // 2**power)) for power in range(longest.bit_length())}
+        choices.append([(longest, longest), *((longest, t) for t in sorted(cuts) if window.least <= t < longest)])
 
     def cost(cut: tuple[tuple[int, int], ...]) -> int:
         queries = prod([t for _, t in cut])
-        keys = prod([t if t == longest else t + window - 1 for (longest, t), window in zip(cut, kernel, strict=True)])
+        keys = prod([t if t == longest else t + window.margin
+                     for (longest, t), window in zip(cut, windows, strict=True)])
         tiles = groups * prod([-(-longest // t) for longest, t in cut])
         return tiles * keys * (queries + (GATHER if tiles > 1 else GATHER // 2))
 
     return tuple(t for _, t in min(product(*choices), key=cost))
 
 
-def _axis(size: int, kernel: int, dilation: int, queries: int | None, device: torch.device) -> Axis:
+def _axis(size: int, window: Window, queries: int | None, device: torch.device) -> Axis:
     """The tables of an axis. Residue classes have their own tiles; numbers count steps in the class until the end."""
-    before = kernel // 2
+    kernel, dilation = window.kernel, window.dilation
     longest = (size + dilation - 1) // dilation
     whole = queries == longest
-    Q = max(8, before + 1) if queries is None else queries
-    K = longest if whole else Q + kernel - 1
+    Q = window.whole_groups(max(8, window.least)) if queries is None else queries
+    K = longest if whole else Q + window.margin
     count = (longest + Q - 1) // Q
     rows, columns = torch.arange(Q, device=device), torch.arange(K, device=device)
 
@@ -189,7 +237,7 @@ def _axis(size: int, kernel: int, dilation: int, queries: int | None, device: to
         return torch.minimum(number * Q, (length - Q).clamp(min=0))
 
     def first_key(query: Tensor) -> Tensor:
-        return query * 0 if whole else query - before
+        return query * 0 if whole else query - window.before
 
     tile = torch.arange(dilation * count, device=device)
     residue, number = tile // count, tile % count
@@ -212,8 +260,8 @@ def _axis(size: int, kernel: int, dilation: int, queries: int | None, device: to
     asked, asked_length = first(sample_number, sample_length)[:, None, None], sample_length[:, None, None]
     at = (asked + rows[:, None]).minimum(asked_length - 1)
     key_at = first_key(asked) + columns
-    window = (at - before).clamp(min=0).minimum(asked_length - kernel)
-    seen = (key_at >= window) & (key_at < window + kernel)
+    low, high = window.bounds(at, asked_length)
+    seen = (key_at >= low) & (key_at <= high)
 
     shift = first_key(rows[:1] * 0) + columns - rows[:, None] + kernel - 1
     return Axis(query, key, answer, position // dilation - start[answer], kind, seen, shift.clamp(0, 2 * kernel - 2))

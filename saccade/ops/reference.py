@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 
-def neighbours(position: int, size: int, kernel: int, dilation: int) -> list[int]:
-    """The `kernel` positions of an axis that `position` looks at, in order; an even one has one more before it."""
+def neighbours(
+    position: int, size: int, kernel: int, dilation: int, stride: int = 1, causal: bool = False
+) -> list[int]:
+    """The positions of an axis that `position` looks at, in order; an even kernel has one more before it.
+
+    All of a group of `stride` look where its middle one does; on a causal axis, from `kernel` - 1 steps before the
+    group's last one to themselves.
+    """
     residue_class = list(range(position % dilation, size, dilation))
-    start = residue_class.index(position) - kernel // 2
+    step = residue_class.index(position)
+    group = range(step - step % stride, step - step % stride + stride)
+    if causal:
+        last = min(group[-1], len(residue_class) - 1)
+        return residue_class[max(0, last - kernel + 1) : step + 1]
+    start = min(group[len(group) // 2], len(residue_class) - 1) - kernel // 2
     start = max(0, min(start, len(residue_class) - kernel))
     return residue_class[start : start + kernel]
 
@@ -25,6 +36,8 @@ def neighborhood_attention(
     dilation: tuple[int, ...],
     bias: Tensor | None = None,
     *,
+    stride: tuple[int, ...] | None = None,
+    causal: tuple[bool, ...] | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """`saccade.ops.neighborhood.neighborhood_attention`, one query at a time: q, k, v, out (B, *S, h, d)."""
@@ -33,14 +46,15 @@ def neighborhood_attention(
     out = torch.zeros(v.shape, dtype=torch.float64)
     for b, h, *i in product(range(batch), range(heads), *map(range, grid)):
         weights = {}
-        axes = [neighbours(*axis) for axis in zip(i, grid, kernel, dilation, strict=True)]
+        axes = [neighbours(*axis) for axis in zip(i, grid, kernel, dilation, stride or (1,) * len(grid),
+                                                  causal or (False,) * len(grid), strict=True)]
         for j in product(*axes):
             logit = scale * float(q[(b, *i, h)].double() @ k[(b, *j, h)].double())
             if bias is not None:
                 steps = [(to - at) // step for to, at, step in zip(j, i, dilation, strict=True)]
                 logit += float(bias[(h, *(step + size - 1 for step, size in zip(steps, kernel, strict=True)))])
             weights[j] = exp(logit)
-        assert len(weights) == prod(kernel)
+        assert len(weights) == prod(kernel) or causal
         total = sum(weights.values())
         for j, weight in weights.items():
             out[(b, *i, h)] += weight / total * v[(b, *j, h)].double()

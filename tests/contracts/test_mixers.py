@@ -76,7 +76,7 @@ def test_evaluation_is_deterministic(name):
 
 
 # Tiles compute masked pairs too: their declared cost is proven by the goldens' counts (tests/test_goldens.py) alone.
-TILED = {"neighborhood"}
+TILED = {"neighborhood", "fused_neighborhood"}
 
 
 @over("test_declared_cost", MIXERS)

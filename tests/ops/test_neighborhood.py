@@ -60,6 +60,65 @@ def test_volumes(case: tuple[Axes, Axes, Axes]) -> None:
     check(*case)
 
 
+@st.composite
+def grouped(draw_: st.DrawFn, rank: int) -> tuple[Axes, Axes, Axes, Axes, tuple[bool, ...]]:
+    """The same with groups of queries that share a window, and causal axes; long enough for several tiles."""
+    grid, kernel, dilation = draw_(cases(rank))
+    stride = tuple(draw_(st.integers(1, k)) for k in kernel)
+    causal = tuple(draw_(st.booleans()) for _ in kernel)
+    grid = tuple(side + draw_(st.integers(0, 20 if rank == 1 else 4)) for side in grid)
+    return grid, kernel, dilation, stride, causal
+
+
+def check_grouped(grid: Axes, kernel: Axes, dilation: Axes, stride: Axes, causal: tuple[bool, ...]) -> None:
+    q, k, v, bias = draw(grid, kernel, heads=1)
+    how = dict(stride=stride, causal=causal)
+    expected = reference.neighborhood_attention(q, k, v, kernel, dilation, bias, **how)
+    out = neighborhood_attention(q, k, v, kernel, dilation, bias, **how)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(grouped(1))
+def test_stride_and_causality_on_sequences(case) -> None:
+    check_grouped(*case)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(grouped(2))
+def test_stride_and_causality_on_images(case) -> None:
+    check_grouped(*case)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(grouped(3))
+def test_stride_and_causality_on_volumes(case) -> None:
+    check_grouped(*case)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+def test_long_sequences_in_small_tiles(stride: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First, inner and last two tiles, whatever the cost would choose, as where the size is left open."""
+    monkeypatch.setattr(neighborhood, "_tiles", neighborhood._tiles.__wrapped__)  # not from the cache
+    monkeypatch.setattr(neighborhood, "_tile_sizes", lambda grid, windows: (None,) * len(grid))
+    for length in (40, 41, 57, 64):
+        q, k, v, bias = draw((length,), (5,), heads=1)
+        expected = reference.neighborhood_attention(q, k, v, (5,), (1,), bias, stride=(stride,), causal=(causal,))
+        out = neighborhood_attention(q, k, v, 5, 1, bias, stride=stride, causal=causal)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def test_a_stride_of_the_kernel_is_window_attention() -> None:
+    q, k, v, _ = draw((15, 9), (5, 3), batch=2)
+    out = neighborhood_attention(q, k, v, (5, 3), stride=(5, 3))
+    for y in range(0, 15, 5):
+        for x in range(0, 9, 3):
+            near = (slice(None), slice(y, y + 5), slice(x, x + 3))
+            window = neighborhood_attention(q[near], k[near], v[near], (5, 3))
+            torch.testing.assert_close(out[near], window)
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor, kernel: Axes, dilation: Axes, bias: Tensor) -> Tensor:
     """The textbook form under autograd: all pairs, with -inf where `reference.neighbours` has no pair."""
     _, *grid, heads, dim = q.shape
@@ -94,7 +153,8 @@ def test_many_tiles_of_all_kinds() -> None:
     """Large enough for first, inner and last two tiles on both axes; random queries against their own softmax."""
     grid, kernel = (37, 41), (4, 7)
     q, k, v, bias = draw(grid, kernel, heads=1, batch=2)
-    assert (torch.tensor(neighborhood._tile_sizes(grid, kernel, (1, 1))) * 4 < torch.tensor(grid)).all()
+    sizes = neighborhood._tile_sizes(grid, tuple(neighborhood.Window(side, 1) for side in kernel))
+    assert all(4 * queries < side for queries, side in zip(sizes, grid, strict=True))
     out = neighborhood_attention(q, k, v, kernel, 1, bias)
     rng = random.Random(0)
     for _ in range(150):
@@ -224,6 +284,8 @@ def test_misuse_is_one_clear_line(kernel: int | Axes, dilation: int, bias: Tenso
     x = torch.zeros(1, 16, 9, 2, 4)
     with pytest.raises(SaccadeError, match=message):
         neighborhood_attention(x, x, x, kernel, dilation, bias)
+    with pytest.raises(SaccadeError, match="stride 4 over kernel 3"):
+        neighborhood_attention(x, x, x, 3, stride=4)
 
 
 def test_shapes_must_agree() -> None:
