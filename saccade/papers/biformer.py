@@ -35,7 +35,8 @@ from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
-from saccade.parts.convolution import at_least, conv_norm, depthwise, grid_conv, on_grid
+from saccade.parts.convolution import conv_norm, depthwise, grid_conv, on_grid
+from saccade.parts.merging import NormedMerging
 from saccade.parts.mlp import Gelu, Mlp
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
@@ -275,13 +276,6 @@ def region_tokens(grid: Grid, side: Grid, padded: Grid, device: torch.device) ->
     return partition(pad_to(numbers, padded), side).squeeze(-1) - 1
 
 
-class Merging(nn.Sequential):
-    """Layers that merge 2x2 tokens. A side of one token is zero-padded to two; an odd one loses its last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(at_least(x, 2, first=1))
-
-
 def halve(rank: int, dim: int, out_dim: int) -> list[nn.Module]:
     """A 3x3 convolution of stride 2 and a batch norm."""
     return conv_norm(rank, dim, out_dim, stride=2, bias=True)
@@ -343,7 +337,7 @@ def biformer_stl(
         dims, depths, [max(dim // 32, 1) for dim in dims],
         stem=lambda rank, in_chans, dim: ConvStem(
             grid_conv(rank, in_chans, dim, 4, stride=4), BatchNorm(dim), least=4),
-        downsample=lambda rank, dim, out_dim: Merging(BatchNorm(dim), grid_conv(rank, dim, out_dim, 2, stride=2)),
+        downsample=partial(NormedMerging, norm=BatchNorm),
         block=Block, mixer=[partial(routing, regions=regions, topk=topk) if topk else full for topk in topks],
         norm=BatchNorm, replace=mixer, **common,
     )

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
-from saccade.parts.block import LAYER_NORM, residual_tail
-from saccade.parts.convolution import at_least, depthwise, grid_conv
+from saccade.parts.block import LAYER_NORM, SingleBlock
+from saccade.parts.convolution import depthwise
 from saccade.parts.head import Head
-from saccade.parts.mlp import Mlp
+from saccade.parts.merging import NormedMerging
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 
@@ -85,33 +85,6 @@ class Depthwise(nn.Module):
         return (self.kernel // 2,) * site.rank
 
 
-class ConvNeXtBlock(nn.Module):
-    """x += gamma * mlp(norm(mixer(x))): one residual branch for both kinds of mixing."""
-
-    def __init__(
-        self, site: Site, mixer: nn.Module, drop_path: float = 0.0, layer_scale: float | None = 1e-6
-    ) -> None:
-        super().__init__()
-        self.site = site
-        self.mixer = mixer
-        self.norm = LAYER_NORM(site.dim)
-        self.mlp = Mlp(site.dim)
-        self.scale = residual_tail(site.dim, layer_scale, drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale(self.mlp(self.norm(self.mixer(x))))
-
-
-class Downsample(nn.Sequential):
-    """norm, then a 2x2 convolution of stride 2 (a side of one token is zero-padded to two)."""
-
-    def __init__(self, rank: int, dim: int, out_dim: int) -> None:
-        super().__init__(LAYER_NORM(dim), grid_conv(rank, dim, out_dim, 2, stride=2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(at_least(x, 2, first=1))
-
-
 SIZES: dict[str, dict[str, Any]] = {
     "convnext_tiny": dict(dims=(96, 192, 384, 768), depths=(3, 3, 9, 3)),
     "convnext_small": dict(dims=(96, 192, 384, 768), depths=(3, 3, 27, 3)),
@@ -136,9 +109,9 @@ def convnext(
     """A ConvNeXt of a size; heads of 32 channels for the mixers that want some."""
     return Pyramid(
         dims, depths, [max(dim // 32, 1) for dim in dims],
-        stem=partial(PatchEmbed, kernel=patch, stride=patch, norm=LAYER_NORM), stride=patch, downsample=Downsample,
-        block=partial(ConvNeXtBlock, layer_scale=layer_scale), mixer=Depthwise,
-        head=partial(Head, norm=LAYER_NORM), replace=mixer, **common,
+        stem=partial(PatchEmbed, kernel=patch, stride=patch, norm=LAYER_NORM), stride=patch,
+        downsample=partial(NormedMerging, norm=LAYER_NORM), block=partial(SingleBlock, layer_scale=layer_scale),
+        mixer=Depthwise, head=partial(Head, norm=LAYER_NORM), replace=mixer, **common,
     )
 
 
@@ -148,8 +121,8 @@ def convnext_isotropic(
     """One stage on 16x16 patches, without a norm in the stem."""
     return Pyramid(
         [dim], [depth], [dim // 64], stem=partial(PatchEmbed, kernel=patch, stride=patch), stride=patch,
-        downsample=Downsample, block=partial(ConvNeXtBlock, layer_scale=layer_scale), mixer=Depthwise,
-        head=partial(Head, norm=LAYER_NORM), replace=mixer, **common,
+        downsample=partial(NormedMerging, norm=LAYER_NORM), block=partial(SingleBlock, layer_scale=layer_scale),
+        mixer=Depthwise, head=partial(Head, norm=LAYER_NORM), replace=mixer, **common,
     )
 
 

@@ -85,3 +85,30 @@ class Block(nn.Module):
             x = x + self.position(x)
         x = x + self.scale1(self.mixer(self.norm1(x), **optional))
         return x + self.scale2(self.mlp(self.norm2(x)))
+
+
+class SingleBlock(nn.Module):
+    """x += tail(mlp(norm(mixer(x)))): one residual branch for both kinds of mixing, on grids (B, *grid, C).
+
+    (Liu et al., "A ConvNet for the 2020s", 2022, figure 4; Yu et al. name it MetaNeXt.)
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        mixer: nn.Module,
+        *,
+        drop_path: float = 0.0,
+        norm: Norm = LAYER_NORM,
+        mlp: Callable[[int], nn.Module] = Mlp,
+        layer_scale: float | None = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.mixer = mixer
+        self.norm = norm(site.dim)
+        self.mlp = mlp(site.dim)
+        self.scale = residual_tail(site.dim, layer_scale, drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale(self.mlp(self.norm(self.mixer(x))))

@@ -31,7 +31,7 @@ class Head(nn.Module):
             raise SaccadeError(f"global_pool={global_pool!r}: choose one of {sorted(POOLS)}")
         self.dim, self.global_pool = dim, global_pool
         self.norm = norm(dim) if norm is not None else nn.Identity()
-        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.fc: nn.Module = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(pool(x, self.global_pool)))

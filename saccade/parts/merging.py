@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.ops.window import pad_to_multiple
-from saccade.parts.convolution import grid_conv
+from saccade.parts.convolution import at_least, grid_conv
 
 
 class PatchMerging(nn.Module):
@@ -44,3 +44,19 @@ class ConvMerging(nn.Sequential):
     ) -> None:
         conv = grid_conv(rank, dim, out_dim, kernel, stride=2, padding=(kernel - 1) // 2)
         super().__init__(conv, norm(out_dim))
+
+
+class NormedMerging(nn.Sequential):
+    """A 2x2 convolution of stride 2 on norm(x): (B, *grid, C) -> (B, *floor(grid / 2), out), patches side by side.
+
+    A last odd row or column is left out, as the convolution does; a side of one token is zero-padded to two.
+    (Liu et al., "A ConvNet for the 2020s", 2022, section 2.6.)
+    """
+
+    def __init__(
+        self, rank: int, dim: int, out_dim: int, norm: Callable[[int], nn.Module] = nn.LayerNorm
+    ) -> None:
+        super().__init__(norm(dim), grid_conv(rank, dim, out_dim, 2, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least(x, 2, first=1))

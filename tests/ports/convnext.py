@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
-from saccade.papers.convnext import AUTHORS, ConvNeXtBlock, Depthwise, convnext, convnext_isotropic
+from saccade.papers.convnext import AUTHORS, Depthwise, convnext, convnext_isotropic
+from saccade.parts.block import SingleBlock
 from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
@@ -15,7 +16,7 @@ def build(golden: dict) -> Port:
     scale = args.get("layer_scale_init_value", 1e-6) or None
     if what == "Block":
         site = Site(args["dim"], grid=tuple(golden["inputs"]["x"]["shape"][2:]))
-        block = ConvNeXtBlock(site, Depthwise(site), layer_scale=scale)
+        block = SingleBlock(site, Depthwise(site), layer_scale=scale)
         return Port(block, key_map(BLOCK), channels_last, channels_first)
     size = tuple(next(iter(make_inputs(golden).values())).shape[2:])
     common = dict(img_size=size, num_classes=args.get("num_classes", 1000), in_chans=args.get("in_chans", 3))
