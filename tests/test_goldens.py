@@ -50,7 +50,8 @@ def test_declared_multiply_adds(name):
     if hasattr(port.module, "cost"):
         x = arguments[0]
         site = Site(x.shape[-1], getattr(port.module, "heads", 1), grid=tuple(x.shape[1:-1]))
-        declared = x.shape[0] * port.module.cost(site, site.grid)
+        beside = {"prefix": arguments[1].shape[1]} if getattr(port.module, "prefix", False) and arguments[1:] else {}
+        declared = x.shape[0] * port.module.cost(site, site.grid, **beside)
     else:
         declared = declared_macs(port.module, arguments)
     assert declared == pytest.approx(golden["macs"], rel=0.01)

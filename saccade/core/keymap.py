@@ -50,6 +50,26 @@ def matrix_from_1x1(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:
+    """The rules of a module for where it stands in a model: at `theirs` (a pattern) there, at `ours` here.
+
+    The groups of `theirs` come first; those of the rules are counted on.
+    """
+    count = re.compile(theirs).groups
+
+    def moved(target: str) -> str:
+        return ours + re.sub(r"\\(\d)", lambda group: f"\\{int(group[1]) + count}", target)
+
+    placed: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Dropped):
+            placed.append(Dropped(theirs + rule.pattern, rule.reason))
+            continue
+        target = tuple(map(moved, rule[1])) if isinstance(rule[1], tuple) else moved(rule[1])
+        placed.append((theirs + rule[0], target, *rule[2:]))
+    return placed
+
+
 def rename(state: Mapping[str, Tensor], rules: KeyMap) -> Renamed:
     """Turn a state in the authors' names into ours; differentiable, so gradients reach the authors' tensors."""
     result: dict[str, Tensor] = {}

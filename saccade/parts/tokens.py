@@ -47,3 +47,15 @@ def global_tokens(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`where` of an attention of all tokens to all tokens."""
     numbers = token_numbers(count, device)
     return numbers, numbers
+
+
+@table
+def strided_tokens(
+    grid: tuple[int, ...], reduced: tuple[int, ...], stride: int, prefix: int, device: torch.device
+) -> Tensor:
+    """(1, P + M) token that each key of a map thinned by `stride` is centred on, after `prefix` tokens of their own."""
+    numbers = torch.zeros(1, dtype=torch.long, device=device)
+    for side, keys in zip(grid, reduced, strict=True):
+        place = (torch.arange(keys, device=device) * stride + (stride - 1) // 2).clamp(max=side - 1)
+        numbers = (numbers[:, None] * side + place).flatten()
+    return torch.cat([torch.arange(prefix, device=device), numbers + prefix])[None]

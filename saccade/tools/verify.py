@@ -93,7 +93,7 @@ def run_tapped(model: nn.Module, image: Tensor, where: dict[str, str]) -> dict[s
 
     def keep(what: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            got[what] = output
+            got[what] = output[0] if isinstance(output, tuple) else output  # the map, beside prefix tokens
         return hook
 
     handles = [model.get_submodule(module).register_forward_hook(keep(what)) for what, module in where.items()]
