@@ -70,6 +70,19 @@ def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:
     return placed
 
 
+def pvt_names(block: KeyMap, stages: int = 4) -> list[Rule]:
+    """The names of PVT v2's code, which many papers build on: patch_embedN, blockN, normN; `block` are a block's rules."""
+    rules: list[Rule] = [(r"patch_embed1\.(.*)", r"stem.\1"), (r"head\.(.*)", r"head.fc.\1")]
+    for stage in range(stages):
+        rules += [
+            *within((*block, (r"(.*)", r"\1")), rf"block{stage + 1}\.(\d+)\.", rf"stages.{stage}.blocks.\1."),
+            (rf"patch_embed{stage + 1}\.proj\.(.*)", rf"stages.{stage}.downsample.0.\1"),
+            (rf"patch_embed{stage + 1}\.norm\.(.*)", rf"stages.{stage}.downsample.1.\1"),
+            (rf"norm{stage + 1}\.(.*)", rf"stages.{stage}.norm.\1"),
+        ]
+    return rules
+
+
 def rename(state: Mapping[str, Tensor], rules: KeyMap) -> Renamed:
     """Turn a state in the authors' names into ours; differentiable, so gradients reach the authors' tensors."""
     result: dict[str, Tensor] = {}
