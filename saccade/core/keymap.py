@@ -71,7 +71,7 @@ def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:
 
 
 def pvt_names(block: KeyMap, stages: int = 4) -> list[Rule]:
-    """The names of PVT v2's code, which many papers build on: patch_embedN, blockN, normN; `block` are a block's rules."""
+    """The names of PVT v2's code, which others build on: patch_embedN, blockN, normN; `block` has a block's rules."""
     rules: list[Rule] = [(r"patch_embed1\.(.*)", r"stem.\1"), (r"head\.(.*)", r"head.fc.\1")]
     for stage in range(stages):
         rules += [

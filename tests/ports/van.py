@@ -18,7 +18,7 @@ def build(golden: dict) -> Port:
         return Port(mixer, key_map(MIXER), channels_last, channels_first)
     common = dict(img_size=tuple(image.shape[2:]), num_classes=args.get("num_classes", 1000), in_chans=image.shape[1])
     if what == "VAN":
-        model = van(tuple(args["embed_dims"]), tuple(args["depths"]), tuple(args.get("mlp_ratios", (8, 8, 4, 4))), **common)
+        model = van(args["embed_dims"], args["depths"], args.get("mlp_ratios", (8, 8, 4, 4)), **common)
     else:
         model = create_model(what, **common)
     return Port(model, key_map(AUTHORS), taps={name: TAPS[name] for name in golden["outputs"] if name in TAPS})
