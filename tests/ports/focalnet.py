@@ -23,8 +23,9 @@ def build(golden: dict) -> Port:
         model = focalnet(
             tuple(args["embed_dim"] * 2**stage for stage in range(len(depths))), depths,
             args.get("focal_windows", [3])[0], levels or 2, args.get("patch_size", 4),
-            args.get("use_conv_embed", False), args.get("use_postln", False), args.get("use_postln_in_modulation", False),
-            args.get("normalize_modulator", False), args.get("layerscale_value", 1e-4) if scaled else None, **common)
+            args.get("use_conv_embed", False), args.get("use_postln", False),
+            args.get("use_postln_in_modulation", False), args.get("normalize_modulator", False),
+            args.get("layerscale_value", 1e-4) if scaled else None, **common)
     else:
         model = create_model(what, **common, **({"levels": levels} if levels else {}))
     last = len(model.stages)
