@@ -41,7 +41,7 @@ def test_port(name):
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if read_golden(path)["macs"] is not None])
 def test_declared_multiply_adds(name):
     """Declared (mathematical) multiply-adds within 1 % of what was counted on the authors' code."""
     golden = read_golden(PATHS[name])

@@ -47,7 +47,7 @@ class Handle:
 def own_blocks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """Our blocks whose mixer the pattern names (`stages.2.*.mixer`, or the block itself), by name."""
     return {name: block for name, block in model.named_modules()
-            if isinstance(getattr(block, "site", None), Site) and hasattr(block, "mixer")
+            if isinstance(getattr(block, "site", None), Site) and isinstance(getattr(block, "mixer", None), nn.Module)
             and matching([name, f"{name}.mixer".lstrip(".")], pattern)}
 
 

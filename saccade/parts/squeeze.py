@@ -7,6 +7,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 
+def divisible(width: float, divisor: int = 8) -> int:
+    """The multiple of `divisor` nearest to a width, at least `divisor`, and not under nine tenths of the width.
+
+    (Howard et al., MobileNets, 2017, and every mobile network's code since.)
+    """
+    near = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return near + divisor if near < 0.9 * width else near
+
+
 class SqueezeExcite(nn.Module):
     """x * gate(fc2(act(fc1(mean(x))))), the mean over the grid: (B, *grid, C) -> (B, *grid, C).
 
