@@ -30,7 +30,7 @@ from saccade.parts.attention import Attention
 from saccade.parts.block import Block, Norm
 from saccade.parts.convolution import grid_conv
 from saccade.parts.norm import GroupNorm1
-from saccade.parts.position import is_native, resample
+from saccade.parts.position import Position, is_native, resample
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 
@@ -131,22 +131,6 @@ class Identity(nn.Identity):
         return (0,) * site.rank
 
 
-class Position(nn.Module):
-    """x + table, a learned table (1, *grid, C) resampled to the grid that comes."""
-
-    undecayed = ("table",)
-
-    def __init__(self, dim: int, grid: tuple[int, ...]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(1, *grid, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + resample(self.table, tuple(x.shape[1:-1]))
-
-    def resize(self, parameter: str, value: Tensor) -> Tensor:
-        return resample(value, tuple(self.table.shape[1:-1]))
-
-
 class Downsample(nn.Sequential):
     """A 3x3 convolution of stride 2 (and, in some models, a learned position after it)."""
 
@@ -206,7 +190,8 @@ def metaformer(
 
 
 def _table(value: Tensor) -> Tensor:
-    return value.movedim(1, -1)
+    """(1, C, *grid) as (1, N, C)."""
+    return value.flatten(2).mT
 
 
 _BLOCK: Any = (

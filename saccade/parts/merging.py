@@ -36,14 +36,19 @@ class PatchMerging(nn.Module):
 class ConvMerging(nn.Sequential):
     """norm(convolution of stride 2): (B, *grid, C) -> (B, *ceil(grid / 2), out), overlapping patches for a kernel of 3.
 
+    Sides shorter than the kernel are zero-padded.
     (Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", 2022, section 3.2.)
     """
 
     def __init__(
         self, rank: int, dim: int, out_dim: int, kernel: int = 3, norm: Callable[[int], nn.Module] = nn.LayerNorm
     ) -> None:
-        conv = grid_conv(rank, dim, out_dim, kernel, stride=2, padding=(kernel - 1) // 2)
-        super().__init__(conv, norm(out_dim))
+        padding = (kernel - 1) // 2
+        super().__init__(grid_conv(rank, dim, out_dim, kernel, stride=2, padding=padding), norm(out_dim))
+        self.least = kernel - 2 * padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least(x, self.least, first=1))
 
 
 class NormedMerging(nn.Sequential):

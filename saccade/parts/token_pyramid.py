@@ -18,17 +18,21 @@ from saccade.parts.tokens import join, split
 class TokenStage(Stage):
     """A stage that puts a class token before its tokens: (B, *grid, C) -> its map (B, *grid', C') and the token."""
 
-    undecayed = ("class_token",)
+    undecayed: tuple[str, ...] = ("class_token",)
 
     def __init__(self, stage: Stage, dim: int) -> None:
         super().__init__(stage.downsample, [*stage.blocks])
         self.class_token = nn.Parameter(torch.zeros(1, dim))
         nn.init.trunc_normal_(self.class_token, std=0.02)
 
+    def enter(self, x: Tensor, prefix: Tensor) -> Tensor:
+        """The sequence (B, 1 + N, C) that the first block is given: here without a position."""
+        return join(x, prefix)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x = self.downsample(x)
         prefix = self.class_token.expand(x.shape[0], -1, -1)
-        tokens = join(x, prefix)
+        tokens = self.enter(x, prefix)
         for block in self.blocks:
             tokens = block(tokens, 1, tuple(x.shape[1:-1]))
         return split(tokens, x, prefix)
