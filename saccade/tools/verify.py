@@ -21,6 +21,8 @@ from saccade.core.load import key_maps
 from saccade.parts.reparameterize import reparameterize
 from saccade.tools.golden import Golden, cotangent, make_inputs, make_state, mismatch, read_golden
 
+DEPLOYED = {"fused", "deploy"}  # outputs of the same weights in the authors' deployed form
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,9 +53,9 @@ def verify(path: str | Path) -> list[Verdict]:
         save_file({key: value.clone() for key, value in state.items()}, checkpoint)
         model = create_model(name, checkpoint_path=checkpoint, **_settings(golden, name, image)).eval()
     got = run_tapped(model.to(image.dtype), image, taps(name, golden))
-    if "fused" in golden["outputs"]:  # the same weights after the authors folded their batch norms
+    for what in DEPLOYED & golden["outputs"].keys():
         with torch.no_grad():
-            got["fused"] = reparameterize(model)(image)
+            got[what] = reparameterize(model)(image)
     count = sum(parameter.numel() for parameter in model.parameters())
     verdicts = [Verdict(golden["model"], "parameters", abs(count - golden["params"]), 0)]
     for what, expected in golden["outputs"].items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saccade.core.keymap import KeyMap, rename
 from saccade.parts.reparameterize import reparameterize
 from saccade.tools.golden import Golden, cotangent, make_inputs, make_state, mismatch
-from saccade.tools.verify import like, run_tapped
+from saccade.tools.verify import DEPLOYED, like, run_tapped
 
 State = dict[str, Tensor]
 
@@ -87,9 +87,9 @@ def errors(port: Port, golden: Golden) -> dict[str, float]:
         module.load_state_dict({name: value.detach() for name, value in ours.items()}, strict=False)
         tapped = run_tapped(module, arguments[0].detach(), port.taps)
         got |= {name: like(value, golden["outputs"][name]["shape"]) for name, value in tapped.items() if name != "out"}
-    if "fused" in golden["outputs"]:
+    for what in DEPLOYED & golden["outputs"].keys():
         module.load_state_dict({name: value.detach() for name, value in ours.items()}, strict=False)
-        got["fused"] = reparameterize(module)(*arguments)
+        got |= {what: port.outputs(reparameterize(module)(*arguments))["out"]}
     found = {name: mismatch(wanted, got[name]) if name in got else math.inf
              for name, wanted in golden["outputs"].items()}
     if golden["grads"]:
