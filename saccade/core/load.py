@@ -138,10 +138,20 @@ def _refit(model: nn.Module, key: str, value: Tensor, target: Tensor) -> Tensor 
         fitted = resize(parameter, value)
         if isinstance(fitted, Tensor) and fitted.shape == target.shape:
             return fitted
-    first = next((module for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
-    if owner is first and parameter == "weight" and value.ndim == target.ndim and value.shape[2:] == target.shape[2:]:
+    image = _reads_image(model, owner)
+    if image and parameter == "weight" and value.ndim == target.ndim and value.shape[2:] == target.shape[2:]:
         return _input_channels(value, target.shape[1]) if value.shape[0] == target.shape[0] else None
     return None
+
+
+def _reads_image(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a convolution takes the image: the model's first, or one of several beside each other in the stem."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if not isinstance(layer, kinds):
+        return False
+    stem = getattr(model, "stem", nn.Identity()).modules()
+    beside = layer.in_channels == getattr(model, "in_chans", None) and any(part is layer for part in stem)
+    return beside or layer is next(module for module in model.modules() if isinstance(module, kinds))
 
 
 def _input_channels(weight: Tensor, channels: int) -> Tensor:
