@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Pyramid(Backbone):
     The paper gives callables: `stem(rank, in_chans, dim)`, `downsample(rank, dim, out_dim)` (or one for each stage
     after the first), `block(site, mixer, drop_path=rate)`, `mixer(site)` (or one a stage), `norm(dim)` on the last map,
     `stage_norm(dim)` at the end of every stage, and `head(dim, num_classes, global_pool)`. `replace` is the caller's
-    mixer (see `create_model`). `stride` and `downsample_stride` only tell the sites where they stand.
+    mixer (see `create_model`). `stride` and `downsample_stride` (or one for each stage after the first) only tell the
+    sites where they stand.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Pyramid(Backbone):
         stage_norm: Callable[[int], nn.Module] | None = None,
         head: Callable[[int, int, str], nn.Module] = Head,
         stride: int = 4,
-        downsample_stride: int = 2,
+        downsample_stride: int | Sequence[int] = 2,
         num_classes: int = 1000,
         in_chans: int = 3,
         img_size: int | Sequence[int] = 224,
@@ -66,9 +68,10 @@ class Pyramid(Backbone):
         rates = drop_path_rates(drop_path_rate, sum(depths))
         self.stem = stem(rank, in_chans, dims[0])
         lowers = [downsample] * (len(depths) - 1) if callable(downsample) else downsample
+        later = [downsample_stride] * (len(depths) - 1) if isinstance(downsample_stride, int) else downsample_stride
+        steps = [prod([stride, *later[:number]]) for number in range(len(depths))]
         stages, names = [], []
-        for number, depth in enumerate(depths):
-            step = stride * downsample_stride**number
+        for number, (depth, step) in enumerate(zip(depths, steps, strict=True)):
             grid = tuple(-(-side // step) for side in size)
             blocks = []
             for index in range(depth):
@@ -84,8 +87,8 @@ class Pyramid(Backbone):
         self._make_head = head
         self.reset_classifier(num_classes)
         self.feature_info = FeatureInfo(
-            dict(num_chs=dim, reduction=stride * downsample_stride**number, module=f"stages.{number}")
-            for number, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=step, module=f"stages.{number}")
+            for number, (dim, step) in enumerate(zip(dims, steps, strict=True))
         )
         self.default_out_indices = tuple(range(len(depths)))
 
