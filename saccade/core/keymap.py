@@ -5,6 +5,7 @@ A rule is `(pattern, replacement)`, or `(pattern, replacement, change)`:
 - `replacement` is our name (`\\1` as in `re.sub`); `name#i` is the i-th piece of `name`, joined along axis 0 (authors'
   separate q, k, v become one projection); a tuple of names splits the tensor evenly along axis 0;
 - `change` turns the tensor's layout (`flatten` of a 1x1 convolution to a linear layer's matrix, ...), differentiably;
+  for a tuple of names it may give the pieces itself;
 - `Dropped(pattern, reason)` names entries that a model does not need: derived buffers, dead parameters.
 A name that no rule matches stays as it is.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Any]
 
 
 class Dropped(NamedTuple):
@@ -103,7 +104,8 @@ def rename(state: Mapping[str, Tensor], rules: KeyMap) -> Renamed:
         if len(rule) == 3:
             value = rule[2](value)
         if isinstance(rule[1], tuple):
-            for target, piece in zip(rule[1], value.chunk(len(rule[1])), strict=True):
+            split = value.chunk(len(rule[1])) if isinstance(value, Tensor) else value
+            for target, piece in zip(rule[1], split, strict=True):
                 ours = match.expand(target)
                 result[ours], sources[ours] = piece, [name]
             continue
