@@ -206,11 +206,11 @@ def resnet_pyramid(
         dims, depths, heads or [max(width // 32, 1) for width in widths],
         stem=lambda rank, in_chans, _: stem(rank, in_chans, stem_dim), stride=4 * strides[0],
         downsample=lambda *_: nn.Identity(), downsample_stride=strides[1:], block=build,
-        mixer=_each(mixer, at), replace=None if replace is None else _each(replace, at), **options,
+        mixer=each(mixer, at), replace=None if replace is None else each(replace, at), **options,
     )
 
 
-def _each(factories: Any, at: Callable[[MixerFactory, Site], nn.Module]) -> Any:
+def each(factories: Any, at: Callable[[MixerFactory, Site], nn.Module]) -> Any:
     """One mixer factory, several, or some by pattern, each asked through `at`."""
     if callable(factories):
         return partial(at, factories)
@@ -220,8 +220,8 @@ def _each(factories: Any, at: Callable[[MixerFactory, Site], nn.Module]) -> Any:
 
 
 def pointwise(weight: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution as a linear layer's matrix; that of a larger one as it is."""
-    return weight.flatten(1) if weight.shape[2:].numel() == 1 else weight
+    """The weight of a 1x1 convolution as a linear layer's matrix; anything else as it is."""
+    return weight.flatten(1) if weight.ndim > 2 and weight.shape[2:].numel() == 1 else weight
 
 
 # The names that torchvision, timm and most authors give to the modules of a block.
