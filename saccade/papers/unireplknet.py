@@ -28,12 +28,13 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.parts.block import LAYER_NORM, Scale, SingleBlock
 from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.dilated import DilatedBranches
 from saccade.parts.head import Head
 from saccade.parts.merging import ConvMerging
 from saccade.parts.mlp import Gelu
-from saccade.parts.norm import BatchNorm
+from saccade.parts.norm import BatchNorm, GlobalResponse
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.reparameterize import affine_of, fold
+from saccade.parts.reparameterize import fold
 from saccade.parts.squeeze import SqueezeExcite
 from saccade.parts.stem import ConvStem
 
@@ -74,56 +75,13 @@ BRANCHES = {
 }
 
 
-class DilatedReparam(nn.Module):
-    """bn(conv_k(x)) + the sum of dilated branches, each with its bn: (B, *grid, C) -> (B, *grid, C).
-
-    `deployed()` is the one depthwise convolution that it equals in evaluation. Raises SaccadeError for a kernel whose
-    branches the paper does not give. (Ding et al., UniRepLKNet, 2024, section 3.1.)
-    """
-
-    ranks = (1, 2, 3)
+class DilatedReparam(DilatedBranches):
+    """A large depthwise kernel beside the paper's branches for it; SaccadeError for a kernel that has none."""
 
     def __init__(self, site: Site, kernel: int = 13) -> None:
-        super().__init__()
         if kernel not in BRANCHES:
             raise SaccadeError(f"kernel={kernel}: dilated branches are known for {sorted(BRANCHES)}")
-        self.kernel, self.rank = kernel, site.rank
-        self.shapes = {"origin": (kernel, 1)} | {f"k{side}_{dilation}": (side, dilation)
-                                                 for side, dilation in BRANCHES[kernel]}
-        self.branches = nn.ModuleDict({
-            name: nn.Sequential(depthwise(site.rank, site.dim, *shape, bias=False), BatchNorm(site.dim))
-            for name, shape in self.shapes.items()
-        })
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *others = self.branches.values()
-        out = first(x)
-        for branch in others:
-            out = out + branch(x)
-        return out
-
-    @torch.no_grad()
-    def deployed(self) -> nn.Module:
-        branches: Any = self.branches
-        kernel = torch.zeros_like(branches.origin[0].weight)
-        bias = torch.zeros_like(branches.origin[1].bias)
-        for name, (side, dilation) in self.shapes.items():
-            branch = branches[name]
-            scale, shift = affine_of(branch[1])
-            edge = (self.kernel - (side - 1) * dilation - 1) // 2
-            places: Any = (..., *[slice(edge, self.kernel - edge, dilation)] * self.rank)
-            kernel[places] += branch[0].weight * scale.view(-1, *[1] * (self.rank + 1))
-            bias += shift
-        conv = depthwise(self.rank, len(bias), self.kernel)
-        conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
-        return conv
-
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        """Multiply-adds of the form that trains: N C (the sum of all kernels^rank); deployed, the largest alone."""
-        return torch.Size(grid).numel() * site.dim * sum(side**site.rank for side, _ in self.shapes.values())
-
-    def reach(self, site: Site) -> tuple[int, ...]:
-        return (self.kernel // 2,) * site.rank
+        super().__init__(site, kernel, BRANCHES[kernel])
 
 
 class SmallKernel(nn.Module):
@@ -147,24 +105,6 @@ class SmallKernel(nn.Module):
 
     def reach(self, site: Site) -> tuple[int, ...]:
         return (self.kernel // 2,) * site.rank
-
-
-class GlobalResponse(nn.Module):
-    """(1 + gamma n) x + beta, n = |x|_2 over the grid, divided by its mean over the channels.
-
-    (Woo et al., "ConvNeXt V2", 2023, section 3.)
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(dim))
-        self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(dim))  # None once a layer behind it has taken it over
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = x.flatten(1, -2).square().sum(1).sqrt()
-        share = norm / (norm.mean(-1, keepdim=True) + 1e-6)
-        out = (1 + self.gamma * share).view(x.shape[0], *[1] * (x.ndim - 2), -1) * x
-        return out if self.beta is None else out + self.beta
 
 
 class ResponseMlp(nn.Module):
