@@ -14,7 +14,7 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 def is_native(grid: tuple[int, ...], native: tuple[int, ...]) -> bool:
     """Whether a table can be used as it is. A symbolic size never says yes: the question would fix it for good."""
-    return all(isinstance(side, int) for side in grid) and tuple(grid) == tuple(native)
+    return all(isinstance(side, int) for side in (*grid, *native)) and tuple(grid) == tuple(native)
 
 
 def resample(table: Tensor, grid: tuple[int, ...], linear: bool = False) -> Tensor:
