@@ -59,8 +59,12 @@ def load(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor], fresh:
 def key_maps(name: str) -> dict[str, KeyMap]:
     """The key maps of a model's paper, by layout; our own names are the layout `saccade`."""
     module = paper_module(model_paper(name))
-    return {"saccade": ()} | {layout: getattr(module, attribute) for layout, attribute in LAYOUTS.items()
-                              if hasattr(module, attribute)}
+    maps: dict[str, KeyMap] = {"saccade": ()}
+    for layout, attribute in LAYOUTS.items():
+        if hasattr(module, attribute):
+            rules = getattr(module, attribute)
+            maps[layout] = rules(name) if callable(rules) else rules  # where it differs from model to model
+    return maps
 
 
 def _recognise(state: dict[str, Tensor], target: dict[str, Tensor], maps: dict[str, KeyMap]) -> tuple[str, Renamed]:
