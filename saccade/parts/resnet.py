@@ -44,16 +44,16 @@ class Convolution(nn.Module):
         super().__init__()
         self.kernel, self.groups, self.dilation, self.stride = kernel, groups, dilation, stride
         padding = dilation * (kernel // 2)
-        self.conv = kaiming(grid_conv(site.rank, site.dim, site.dim, kernel, stride=stride, padding=padding,
-                                      groups=groups, dilation=dilation, bias=False))
+        self.conv: Any = kaiming(grid_conv(site.rank, site.dim, site.dim, kernel, stride=stride, padding=padding,
+                                           groups=groups, dilation=dilation, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+    def cost(self, site: Site | None, grid: tuple[int, ...]) -> int:
         """Multiply-adds: N kernel^n C^2 / groups, over the N tokens that come out."""
         tokens = torch.Size(-(-side // self.stride) for side in grid).numel()
-        return tokens * self.kernel**site.rank * site.dim**2 // self.groups
+        return tokens * int(self.conv.weight.numel())
 
     def reach(self, site: Site) -> tuple[int, ...]:
         return (self.dilation * (self.kernel // 2),) * site.rank
