@@ -86,7 +86,7 @@ def errors(port: Port, golden: Golden) -> dict[str, float]:
     if port.taps:
         module.load_state_dict({name: value.detach() for name, value in ours.items()}, strict=False)
         tapped = run_tapped(module, arguments[0].detach(), port.taps)
-        got |= {name: like(value, golden["outputs"][name]["shape"]) for name, value in tapped.items() if name != "out"}
+        got |= {name: like(value, golden["outputs"][name]) for name, value in tapped.items() if name != "out"}
     for what in DEPLOYED & golden["outputs"].keys():
         module.load_state_dict({name: value.detach() for name, value in ours.items()}, strict=False)
         got |= {what: port.outputs(reparameterize(module)(*arguments))["out"]}
