@@ -28,7 +28,7 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.parts.block import LAYER_NORM, Scale, SingleBlock
 from saccade.parts.convolution import depthwise, grid_conv
-from saccade.parts.dilated import DilatedBranches
+from saccade.parts.dilated import DILATED, DilatedBranches
 from saccade.parts.head import Head
 from saccade.parts.merging import ConvMerging
 from saccade.parts.mlp import Gelu
@@ -206,14 +206,8 @@ def as_image(x: Tensor, kind: str) -> Tensor:
     return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-MIXER: KeyMap = (
-    (r"lk_origin\.(.*)", r"branches.origin.0.\1"),
-    (r"origin_bn\.(.*)", r"branches.origin.1.\1"),
-    (r"dil_conv_(k\d+_\d+)\.(.*)", r"branches.\1.0.\2"),
-    (r"dil_bn_(k\d+_\d+)\.(.*)", r"branches.\1.1.\2"),
-)
 BLOCK: KeyMap = (
-    *within(MIXER, r"dwconv\.", "mixer."),
+    *within(DILATED, r"dwconv\.", "mixer."),
     (r"dwconv\.(.*)", r"mixer.conv.\1"),
     ("gamma", "scale.0.gamma"),
     (r"se\.down\.weight", "mlp.squeeze.fc1.weight", matrix_from_1x1),

@@ -27,6 +27,23 @@ class Scale(nn.Module):
         return x * self.gamma
 
 
+class Affine(nn.Module):
+    """x weight + bias, an entry a channel: layer scale with a bias."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), float(initial)))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+    @classmethod
+    def where(cls, dim: int, initial: float | None) -> nn.Module:
+        """One, or nothing where `initial` is None."""
+        return nn.Identity() if initial is None else cls(dim, initial)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops the branch of an image with probability `rate` and rescales the others.
 

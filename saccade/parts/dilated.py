@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
 from saccade.parts.convolution import depthwise
 from saccade.parts.norm import BatchNorm
@@ -61,3 +62,11 @@ class DilatedBranches(nn.Module):
 
     def reach(self, site: Site) -> tuple[int, ...]:
         return (self.kernel // 2,) * site.rank
+
+
+DILATED: KeyMap = (
+    (r"lk_origin\.(.*)", r"branches.origin.0.\1"),
+    (r"origin_bn\.(.*)", r"branches.origin.1.\1"),
+    (r"dil_conv_(k\d+_\d+)\.(.*)", r"branches.\1.0.\2"),
+    (r"dil_bn_(k\d+_\d+)\.(.*)", r"branches.\1.1.\2"),
+)  # the names of UniRepLKNet's code

@@ -8,13 +8,13 @@ from saccade import Site, create_model
 from saccade.papers.unireplknet import (
     AUTHORS,
     BLOCK,
-    MIXER,
     DilatedReparam,
     LargeKernelBlock,
     ResponseMlp,
     SmallKernel,
     unireplknet,
 )
+from saccade.parts.dilated import DILATED
 from saccade.parts.norm import BatchNorm
 from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
@@ -28,7 +28,7 @@ def build(golden: dict) -> Port:
         kernel = args["kernel_size"]
         mixer = DilatedReparam(site, kernel) if kernel >= 7 or "Dilated" in what else SmallKernel(site, kernel)
         if what == "DilatedReparamBlock":
-            return Port(mixer, key_map(MIXER), channels_last, channels_first)
+            return Port(mixer, key_map(DILATED), channels_last, channels_first)
         block = LargeKernelBlock(site, mixer, norm=BatchNorm, mlp=partial(ResponseMlp, ratio=args.get("ffn_factor", 4)))
         return Port(block, key_map(BLOCK), channels_last, channels_first)
     common = dict(img_size=tuple(image.shape[2:]), num_classes=args.get("num_classes", 1000), in_chans=image.shape[1])
