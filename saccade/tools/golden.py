@@ -82,10 +82,14 @@ def cotangent(shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def mismatch(expected: dict[str, Any], got: Tensor) -> float:
-    """The largest error of the probed values (and of the norm), in standard deviations of the golden's output."""
+    """The largest error of the probed values (and of the norm), in standard deviations of the golden's output.
+
+    A single number has none (nor has a constant): its error is relative.
+    """
     flat = got.detach().double().cpu().numpy().reshape(-1)
     if list(got.shape) != expected["shape"]:
         return math.inf
     error = max(abs(flat[int(index)] - value) for index, value in expected["probe"].items())
     error = max(error, abs(float(np.linalg.norm(flat)) - expected["l2"]) / math.sqrt(max(flat.size, 1)))
-    return float(error / max(expected["std"], 1e-12)) if np.isfinite(error) else math.inf
+    spread = expected["std"] or expected["l2"] / math.sqrt(max(flat.size, 1))
+    return float(error / max(spread, 1e-12)) if np.isfinite(error) else math.inf
