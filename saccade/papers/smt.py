@@ -31,7 +31,7 @@ from saccade.parts.attention import check_heads
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.convolution import depthwise, grid_conv
 from saccade.parts.merging import ConvMerging
-from saccade.parts.mlp import ConvMlp, Gelu
+from saccade.parts.mlp import EarlyLocalMlp, Gelu
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import ConvStem
@@ -123,14 +123,6 @@ class LocalValueAttention(nn.Module):
     def reach(self, site: Site) -> None:
         """Every token reaches every other."""
         return None
-
-
-class EarlyLocalMlp(ConvMlp):
-    """fc2(gelu(h + conv(h))), h = fc1(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        return self.fc2(self.activation(hidden + self.local(hidden)))
 
 
 _SMALL: dict[str, Any] = dict(dims=(64, 128, 256, 512), ratios=(4, 4, 4, 2))

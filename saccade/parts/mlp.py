@@ -76,3 +76,14 @@ class LocalMlp(ConvMlp):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.fc1(x))
         return self.fc2(self.local(hidden) + hidden)
+
+
+class EarlyLocalMlp(ConvMlp):
+    """fc2(act(h + conv(h))), h = fc1(x): the convolution stands before the activation, beside a shortcut.
+
+    (Lin et al., "Scale-Aware Modulation Meet Transformer", 2023; Zhu et al., GLNet, 2024.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        return self.fc2(self.activation(hidden + self.local(hidden)))
