@@ -74,7 +74,8 @@ def depthwise(rank: int, dim: int, kernel: int, dilation: int = 1, bias: bool = 
 
 
 def conv_norm(
-    rank: int, dim: int, out_dim: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
+    rank: int, dim: int, out_dim: int, kernel: int = 3, stride: int | tuple[int, ...] = 1, groups: int = 1,
+    bias: bool = False,
 ) -> list[nn.Module]:
     """A convolution (an odd kernel keeps the grid, up to the stride) and a batch norm, for an `nn.Sequential`."""
     padding = kernel // 2

@@ -35,3 +35,23 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(pool(x, self.global_pool)))
+
+
+class LabelledHead(Head):
+    """fc(norm(pool(x))) + max over the tokens of fc'(token) / 2: the head of models trained with token labels.
+
+    (Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", 2021.)
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, global_pool: str = "avg", norm: Callable[[int], nn.Module] | None = None
+    ) -> None:
+        super().__init__(dim, num_classes, global_pool, norm)
+        if num_classes:
+            self.fc.tokens = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        if not isinstance(self.fc, nn.Linear):
+            return scores
+        return scores + 0.5 * self.fc.tokens(x.flatten(1, -2)).amax(1)  # type: ignore[operator]
