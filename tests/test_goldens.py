@@ -51,6 +51,7 @@ def test_declared_multiply_adds(name):
         site = Site(x.shape[-1], getattr(port.module, "heads", 1), grid=tuple(x.shape[1:-1]))
         beside = {"prefix": arguments[1].shape[1]} if getattr(port.module, "prefix", False) and arguments[1:] else {}
         declared = x.shape[0] * port.module.cost(site, site.grid, **beside)
+        declared += port.module.shared_cost(site, site.grid) if hasattr(port.module, "shared_cost") else 0
     else:
         declared = declared_macs(port.module, arguments)
     assert declared == pytest.approx(golden["macs"], rel=0.01)

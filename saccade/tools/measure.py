@@ -58,7 +58,9 @@ def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     for name, block in blocks.items():
         x, mixer = grids[name], block.mixer
         given = prefix if getattr(mixer, "prefix", False) else {}
-        total += x.shape[0] * mixer.cost(block.site, tuple(x.shape[1:-1]), **given) - counts.get(name, 0)
+        grid = tuple(x.shape[1:-1])
+        total += x.shape[0] * mixer.cost(block.site, grid, **given) - counts.get(name, 0)
+        total += mixer.shared_cost(block.site, grid) if hasattr(mixer, "shared_cost") else 0  # once for the batch
     return total
 
 
