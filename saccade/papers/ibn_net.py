@@ -197,7 +197,7 @@ SIZES: dict[str, dict[str, Any]] = {
     **{f"densenet{layers}_ibn_a": dict(builder="densenet_ibn", depths=depths) for layers, depths in _DENSE.items()},
     "ibn_a_nano": _NANO | dict(squeeze=True),
     "ibn_b_nano": _NANO | dict(ibn="b", basic=True),
-    "densenet_ibn_nano": dict(builder="densenet_ibn", depths=(1, 2, 2), dim=16, growth=8, img_size=64),
+    "densenet_ibn_nano": dict(builder="densenet_ibn", depths=(1, 2), dim=16, growth=8, img_size=32),
 }
 SIZES["densenet161_ibn_a"] |= dict(dim=96, growth=48)
 
