@@ -49,6 +49,10 @@ from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 from saccade.parts.tokens import join, split, strided_tokens, token_numbers
 
+_PUBLISHED = ("agent_deit_t", "agent_deit_s", "agent_deit_b", "agent_deit_s_448", "agent_swin_t", "agent_swin_s",
+              "agent_swin_b", "agent_swin_s_288", "agent_swin_b_384", "agent_pvt_t", "agent_pvt_s", "agent_pvt_m",
+              "agent_pvt_m_256", "agent_pvt_l")
+
 CARD = Card(
     "Agent Attention: On the Integration of Softmax and Linear Attention",
     authors="Han, Ye, Han, Xia, Pan, Wan, Song, Huang",
@@ -60,18 +64,12 @@ CARD = Card(
     keywords="agent tokens, agent bias, generalized linear attention, agent swin, agent pvt, agent deit",
     kinds=("backbone", "mixer"),
     mixers={"agent": "Agent"},
-    params={"agent_deit_t": 6.0e6, "agent_deit_s": 22.7e6, "agent_deit_b": 87.2e6, "agent_deit_s_448": 23.1e6,
-            "agent_swin_t": 29e6, "agent_swin_s": 50e6, "agent_swin_b": 88e6, "agent_swin_s_288": 50e6,
-            "agent_swin_b_384": 88e6, "agent_pvt_t": 11.6e6, "agent_pvt_s": 20.6e6, "agent_pvt_m": 35.9e6,
-            "agent_pvt_m_256": 36.1e6, "agent_pvt_l": 48.7e6},
-    macs={"agent_deit_t": 1.2e9, "agent_deit_s": 4.4e9, "agent_deit_b": 17.6e9, "agent_deit_s_448": 17.7e9,
-          "agent_swin_t": 4.5e9, "agent_swin_s": 8.7e9, "agent_swin_b": 15.4e9, "agent_swin_s_288": 14.6e9,
-          "agent_swin_b_384": 46.3e9, "agent_pvt_t": 2.0e9, "agent_pvt_s": 4.0e9, "agent_pvt_m": 7.0e9,
-          "agent_pvt_m_256": 9.2e9, "agent_pvt_l": 10.4e9},
-    top1={"agent_deit_t": 74.9, "agent_deit_s": 80.5, "agent_deit_b": 82.0, "agent_deit_s_448": 83.1,
-          "agent_swin_t": 82.6, "agent_swin_s": 83.7, "agent_swin_b": 84.0, "agent_swin_s_288": 84.1,
-          "agent_swin_b_384": 84.9, "agent_pvt_t": 78.4, "agent_pvt_s": 82.2, "agent_pvt_m": 83.4,
-          "agent_pvt_m_256": 83.8, "agent_pvt_l": 83.7},
+    params=dict(zip(_PUBLISHED, (6.0e6, 22.7e6, 87.2e6, 23.1e6, 29e6, 50e6, 88e6, 50e6, 88e6, 11.6e6, 20.6e6, 35.9e6,
+                                 36.1e6, 48.7e6), strict=True)),
+    macs=dict(zip(_PUBLISHED, (1.2e9, 4.4e9, 17.6e9, 17.7e9, 4.5e9, 8.7e9, 15.4e9, 14.6e9, 46.3e9, 2.0e9, 4.0e9, 7.0e9,
+                               9.2e9, 10.4e9), strict=True)),
+    top1=dict(zip(_PUBLISHED, (74.9, 80.5, 82.0, 83.1, 82.6, 83.7, 84.0, 84.1, 84.9, 78.4, 82.2, 83.4, 83.8, 83.7),
+                  strict=True)),
     goldens=("agent_deit_t", "agent_pvt_t", "agent_swin_t", "op_agent_attention", "op_agent_attention_cls",
              "op_agent_attention_pvt"),
     tests=("tests/papers/test_agent_attention.py",),
@@ -162,8 +160,7 @@ class Agent(nn.Module):
     def cost(self, site: Site, grid: Grid, prefix: int = 0) -> int:
         """Multiply-adds of N tokens and n agents: projections 4 N C^2, attentions 4 N n C, convolution 3^rank N C."""
         tokens = prod(grid) + prefix
-        each = 4 * site.dim + 4 * prod(self.pool)
-        return site.dim * (tokens * each + prod(grid) * 3**site.rank)
+        return site.dim * (4 * tokens * (site.dim + prod(self.pool)) + prod(grid) * 3**site.rank)
 
 
 class PrefixedAgent(Agent):
@@ -271,10 +268,7 @@ def agent_tokens(grid: Grid, pool: Grid, prefix: int, device: torch.device) -> T
     return numbers[None] + prefix
 
 
-def _pvt(depths: Sequence[int], **more: Any) -> dict[str, Any]:
-    return dict(builder="agent_pvt", dims=(64, 128, 320, 512), depths=depths, **more)
-
-
+_PVT: dict[str, Any] = dict(builder="agent_pvt", dims=(64, 128, 320, 512))
 SIZES: dict[str, dict[str, Any]] = {
     "agent_deit_t": dict(builder="agent_deit", host="deit_tiny_patch16_224"),
     "agent_deit_s": dict(builder="agent_deit", host="deit_small_patch16_224"),
@@ -287,11 +281,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "agent_swin_s_288": dict(builder="agent_swin", host="swin_small", plain=9, img_size=288),
     "agent_swin_b_384": dict(builder="agent_swin", host="swin_base", plain=12, img_size=384),
     "agent_swin_nano": dict(builder="agent_swin", host="swin_nano", pools=(2, 3, None), plain=4),
-    "agent_pvt_t": _pvt((2, 2, 2, 2)),
-    "agent_pvt_s": _pvt((3, 4, 6, 3)),
-    "agent_pvt_m": _pvt((3, 4, 18, 3)),
-    "agent_pvt_m_256": _pvt((3, 4, 18, 3), img_size=256),
-    "agent_pvt_l": _pvt((3, 8, 27, 3)),
+    "agent_pvt_t": _PVT | dict(depths=(2, 2, 2, 2)),
+    "agent_pvt_s": _PVT | dict(depths=(3, 4, 6, 3)),
+    "agent_pvt_m": _PVT | dict(depths=(3, 4, 18, 3)),
+    "agent_pvt_m_256": _PVT | dict(depths=(3, 4, 18, 3), img_size=256),
+    "agent_pvt_l": _PVT | dict(depths=(3, 8, 27, 3)),
     "agent_pvt_nano": dict(builder="agent_pvt", dims=(32, 64, 128), depths=(1, 2, 2), heads=(1, 2, 4), pools=(2, 3, 2),
                            patch=2, img_size=32),
 }
