@@ -364,19 +364,14 @@ def _side_last(bias: Tensor) -> Tensor:
 
 
 MIXER: tuple[Rule, ...] = (
-    ("an_bias", "gather.coarse"),
-    ("na_bias", "spread.coarse"),
-    ("ah_bias", "gather.axis0", _side_last),
-    ("aw_bias", "gather.axis1", _side_last),
-    ("ha_bias", "spread.axis0", _agents_first),
-    ("wa_bias", "spread.axis1", _agents_first),
+    ("an_bias", "gather.coarse"), ("na_bias", "spread.coarse"),
+    ("ah_bias", "gather.axis0", _side_last), ("aw_bias", "gather.axis1", _side_last),
+    ("ha_bias", "spread.axis0", _agents_first), ("wa_bias", "spread.axis1", _agents_first),
     ("ac_bias", "gather_prefix", partial(torch.squeeze, dim=0)),
     ("ca_bias", "spread_prefix", _agents_first),
     (r"dwc\.(.*)", r"local.\1"),
-    (r"q\.(.*)", r"qkv.\1#0"),
-    (r"kv\.(.*)", r"qkv.\1#1"),
-    (r"sr\.(.*)", r"merge.0.\1"),
-    (r"norm\.(.*)", r"merge.1.\1"),
+    (r"q\.(.*)", r"qkv.\1#0"), (r"kv\.(.*)", r"qkv.\1#1"),
+    (r"sr\.(.*)", r"merge.0.\1"), (r"norm\.(.*)", r"merge.1.\1"),
 )
 
 
