@@ -282,8 +282,8 @@ class OverLoCK(Pyramid):
         dim = self.overview_dim
         self.num_features = dim + dim // 4
         super().reset_classifier(num_classes, global_pool)
-        self.auxiliary = nn.ModuleList([BatchNorm(dim), nn.Linear(dim, num_classes)] if num_classes else [])
-        self.removed = () if num_classes else ("head.fc", "head.proj", "auxiliary")
+        self.head_auxiliary = nn.ModuleList([BatchNorm(dim), nn.Linear(dim, num_classes)] if num_classes else [])
+        self.removed = () if num_classes else ("head.fc", "head.proj", "head_auxiliary")
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """The maps that dense heads take, channels last, and the overview that the auxiliary head scores."""
@@ -314,7 +314,7 @@ class OverLoCK(Pyramid):
     def forward_auxiliary(self, image: Tensor) -> dict[str, Tensor]:
         """Class scores `out` of the whole and `auxiliary` of the overview alone, which the authors train with too."""
         *_, last, overview = self.maps(image)
-        norm, fc = cast(Any, self.auxiliary)
+        norm, fc = cast(Any, self.head_auxiliary)
         return {"out": self.head(last), "auxiliary": fc(pool(norm(overview), "avg"))}
 
 
@@ -386,7 +386,7 @@ AUTHORS: KeyMap = (
     *(rule for part in range(2) for rule in within(BLOCK, rf"sub_blocks{part + 3}\.(\d+)\.", rf"focus.{part}.\1.")),
     *_pointwise("high_level_proj", "overview"),
     (r"patch_embedx\.x_proj\.(.*)", r"lower.\1"), (r"patch_embedx\.h_proj\.(.*)", r"lower_context.\1"),
-    (r"aux_head\.0\.(.*)", r"auxiliary.0.\1"), *_pointwise(r"aux_head\.2", "auxiliary.1"),
+    (r"aux_head\.0\.(.*)", r"head_auxiliary.0.\1"), *_pointwise(r"aux_head\.2", "head_auxiliary.1"),
     *_pair("head", "head.proj"), *_pointwise(r"head\.4", "head.fc"),
 )
 

@@ -36,7 +36,7 @@ def test_deployed_equals_and_counts_the_published_parameters():
         torch.testing.assert_close(reparameterize(model)(image), model(image))
     for name, million in (("overlock_xt", 16.45), ("overlock_t", 33.47)):
         large = reparameterize(create_model(name).eval())
-        count = sum(p.numel() for key, p in large.named_parameters() if not key.startswith("auxiliary"))
+        count = sum(p.numel() for key, p in large.named_parameters() if not key.startswith("head_auxiliary"))
         assert count / 1e6 == pytest.approx(million, rel=0.01)
 
 
@@ -45,4 +45,4 @@ def test_the_auxiliary_head_learns():
     scores = model.forward_auxiliary(image)
     assert {key: tuple(value.shape) for key, value in scores.items()} == {"out": (2, 3), "auxiliary": (2, 3)}
     sum(value.square().sum() for value in scores.values()).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.auxiliary.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.head_auxiliary.parameters())
