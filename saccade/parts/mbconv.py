@@ -24,7 +24,8 @@ def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
     TensorFlow's "same": where the total is odd the end gets more, so an even side is padded at its end alone when a
     kernel of 3 strides by 2. `kernel` is at least `stride`.
     """
-    totals = [(-side) % stride + kernel - stride for side in x.shape[1:-1]]
+    # Written so that export simplifies the padded side, which nests from stage to stage.
+    totals = [((side + stride - 1) // stride - 1) * stride + kernel - side for side in x.shape[1:-1]]
     if all(isinstance(total, int) and total == 0 for total in totals):
         return x
     return F.pad(x, [0, 0, *(part for total in reversed(totals) for part in (total // 2, total - total // 2))])
