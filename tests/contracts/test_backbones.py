@@ -131,7 +131,7 @@ def test_another_native_size_loads(name, tmp_path):
     assert model(torch.randn(1, 3, 48, 48)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if position % 5 == 0 else pytest.mark.slow)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if position % 10 == 0 else pytest.mark.slow)
                                   for position, name in enumerate(NARROW)])
 def test_exported_once_runs_at_four_sizes(name):
     model = build(name)
@@ -144,7 +144,7 @@ def test_exported_once_runs_at_four_sizes(name):
             torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if position % 5 == 1 else pytest.mark.slow)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if position % 10 == 1 else pytest.mark.slow)
                                   for position, name in enumerate(NARROW)])
 def test_compiles_whole(name):
     model, image = build(name), torch.randn(1, 3, 32, 40)
