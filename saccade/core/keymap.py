@@ -51,6 +51,11 @@ def matrix_from_1x1(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def pointwise(weight: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution as a linear layer's matrix; anything else as it is."""
+    return weight.flatten(1) if weight.ndim > 2 and weight.shape[2:].numel() == 1 else weight
+
+
 def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:
     """The rules of a module for where it stands in a model: at `theirs` (a pattern) there, at `ours` here.
 

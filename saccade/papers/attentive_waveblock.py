@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.keymap import KeyMap, within
+from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.record import note
 from saccade.core.site import Site
 from saccade.parts.convolution import conv_norm
 from saccade.parts.head import pool
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.resnet import BLOCK_NAMES, Bottleneck, pointwise, resnet_pyramid, resnet_stem
+from saccade.parts.resnet import BLOCK_NAMES, Bottleneck, resnet_pyramid, resnet_stem
 
 CARD = Card(
     "Attentive WaveBlock: Complementarity-enhanced Mutual Networks for Unsupervised Domain Adaptation in Person "

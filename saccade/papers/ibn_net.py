@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
-from saccade.core.keymap import KeyMap, Rule, within
+from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.core.site import Site
 from saccade.parts.convolution import at_least, grid_conv, on_grid
 from saccade.parts.norm import BatchNorm
@@ -38,7 +38,6 @@ from saccade.parts.resnet import (
     Convolution,
     each,
     kaiming,
-    pointwise,
     resnet_names,
     resnet_pyramid,
     resnet_stem,

@@ -36,7 +36,7 @@ from saccade.parts.mbconv import MBConv, SameConv
 from saccade.parts.mlp import Gelu
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
-from saccade.parts.pyramid import Pyramid
+from saccade.parts.pyramid import Pyramid, no_mixer
 from saccade.parts.stem import ConvStem
 from saccade.parts.tokens import global_tokens
 
@@ -170,10 +170,6 @@ class MoatBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         return x if self.mixer is None else x + self.tail(self.mixer(self.norm(x)))
-
-
-def no_mixer(site: Site) -> None:
-    """What stands where a stage has no mixer, until a caller's own takes the place."""
 
 
 _DEPTHS = ((2, 3, 7, 2), (2, 6, 14, 2), (2, 6, 14, 2), (2, 12, 28, 2), (2, 12, 28, 2))

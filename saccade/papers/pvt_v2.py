@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.keymap import KeyMap, matrix_from_1x1, pvt_names, within
+from saccade.core.keymap import KeyMap, matrix_from_1x1, pointwise, pvt_names, within
 from saccade.core.site import Site
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.block import LAYER_NORM, Block
@@ -130,13 +130,8 @@ POOLED: KeyMap = (
 )
 
 
-def _if_1x1(weight: Tensor) -> Tensor:
-    """The linear form's 1x1 convolution as a matrix; a merging convolution as it is."""
-    return weight.flatten(1) if weight.shape[2:].numel() == 1 else weight
-
-
 _BLOCK: KeyMap = (
-    (r"attn\.sr\.weight", "mixer.merge.0.weight", _if_1x1),
+    (r"attn\.sr\.weight", "mixer.merge.0.weight", pointwise),
     *within(POOLED[1:], r"attn\.", "mixer."),
     (r"mlp\.dwconv\.(?:dwconv\.)?(.*)", r"mlp.local.\1"),
 )

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
-from saccade.core.keymap import KeyMap, within
+from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import conv_norm
 from saccade.parts.head import Head
 from saccade.parts.norm import BatchNorm, GroupNorm1
-from saccade.parts.pyramid import Pyramid
+from saccade.parts.pyramid import Pyramid, no_mixer
 from saccade.parts.reparameterize import affine_of
 from saccade.parts.squeeze import SqueezeExcite, divisible
 from saccade.parts.stem import ConvStem
@@ -170,10 +170,6 @@ class NormedHead(Head):
         return self
 
 
-def no_mixer(site: Site) -> None:
-    """What stands where a stage has no mixer, until a caller's own takes the place."""
-
-
 SIZES: dict[str, dict[str, Any]] = {
     "shvit_s1": dict(dims=(128, 224, 320), depths=(2, 4, 5), parts=(None, 48, 68)),
     "shvit_s2": dict(dims=(128, 308, 448), depths=(2, 4, 5), parts=(None, 66, 96)),
@@ -209,12 +205,8 @@ def shvit(
 
 def _conv_norm(theirs: str, ours: str, first: int, second: int) -> KeyMap:
     """A convolution `c` and its norm `bn` as two layers of an nn.Sequential; a 1x1 becomes a matrix."""
-    return ((rf"{theirs}\.c\.weight", f"{ours}.{first}.weight", _kernel),
+    return ((rf"{theirs}\.c\.weight", f"{ours}.{first}.weight", pointwise),
             (rf"{theirs}\.bn\.(.*)", rf"{ours}.{second}.\1"))
-
-
-def _kernel(weight: Tensor) -> Tensor:
-    return weight.flatten(1) if weight.shape[2:].numel() == 1 else weight
 
 
 _MLP = (*_conv_norm(r"m\.pw1", "branch", 0, 1), *_conv_norm(r"m\.pw2", "branch", 3, 4))
@@ -230,7 +222,7 @@ _BLOCK: KeyMap = (
 )
 _MERGING: KeyMap = (
     *_conv_norm("conv1", "2", 0, 1), *_conv_norm("conv2", "2", 3, 4), *_conv_norm("conv3", "2", 7, 8),
-    (r"se\.(fc\d)\.weight", r"2.6.\1.weight", _kernel),
+    (r"se\.(fc\d)\.weight", r"2.6.\1.weight", pointwise),
     (r"se\.(fc\d)\.bias", r"2.6.\1.bias"),
 )
 

@@ -108,8 +108,8 @@ class InvertedResidual(nn.Module):
     """[x +] norm(shrink(act(norm(depthwise(act(norm(expand(x)))))))): (B, *grid, C) -> (B, *grid', C').
 
     The form with norms after: x is added where neither grid nor width changes. `expand` is left out where `hidden` is
-    the input's width and `expand` is False. `depthwise(hidden, stride)` may build another layer than the 3x3
-    convolution. (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, section 3.)
+    the input's width and `expand` is False.
+    (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, section 3.)
     """
 
     def __init__(
@@ -122,16 +122,12 @@ class InvertedResidual(nn.Module):
         stride: int = 1,
         expand: bool = True,
         activation: Make = nn.ReLU6,
-        depthwise: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.residual = stride == 1 and dim == out_dim
         widen = [nn.Linear(dim, hidden, bias=False), BatchNorm(hidden), activation()] if expand else []
         self.expand = nn.Sequential(*widen)
-        if depthwise is None:
-            local = conv_norm(rank, hidden, hidden, stride=stride, groups=hidden)
-        else:
-            local = [depthwise(hidden, stride), BatchNorm(hidden)]
+        local = conv_norm(rank, hidden, hidden, stride=stride, groups=hidden)
         self.depthwise = nn.Sequential(*local, activation())
         self.shrink = nn.Sequential(nn.Linear(hidden, out_dim, bias=False), BatchNorm(out_dim))
 

@@ -127,6 +127,10 @@ class Pyramid(Backbone):
         return undecayed(self)
 
 
+def no_mixer(site: Site) -> None:
+    """What stands where a stage has no mixer, until a caller's own takes the place."""
+
+
 def undecayed(model: nn.Module) -> set[str]:
     """Parameters that their modules list in `undecayed` (position and bias tables)."""
     return {f"{name}.{parameter}".lstrip(".") for name, module in model.named_modules()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.build import check_patterns
-from saccade.core.keymap import KeyMap, Rule, within
+from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import grid_conv, on_grid
@@ -217,11 +217,6 @@ def each(factories: Any, at: Callable[[MixerFactory, Site], nn.Module]) -> Any:
     if isinstance(factories, Mapping):
         return {pattern: partial(at, factory) for pattern, factory in factories.items()}
     return [partial(at, factory) for factory in factories]
-
-
-def pointwise(weight: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution as a linear layer's matrix; anything else as it is."""
-    return weight.flatten(1) if weight.ndim > 2 and weight.shape[2:].numel() == 1 else weight
 
 
 # The names that torchvision, timm and most authors give to the modules of a block.
