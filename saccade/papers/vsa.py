@@ -80,10 +80,10 @@ class VariedSizeWindow(nn.Module):
         grid = tuple(x.shape[1:-1])
         q, kv = pad_to_multiple(self.qkv(x), self.window).tensor_split((self.proj.in_features,), -1)
         padded = tuple(q.shape[1:-1])
-        kv = kv.unflatten(-1, (2, self.heads, -1)).movedim(-2, 1).flatten(-2).flatten(0, 1)  # (B h, *grid, 2 d)
+        kv = laid_out(kv.unflatten(-1, (2, self.heads, -1)).movedim(-2, 1)).flatten(-2).flatten(0, 1)
         read = F.grid_sample(kv.movedim(-1, 1), self.places(x, padded), align_corners=True).movedim(1, -1)
-        keys = partition(read, self.window).unflatten(0, (x.shape[0], self.heads, -1)).transpose(1, 2).flatten(0, 1)
-        k, v = keys.chunk(2, -1)  # (B G, heads, N, d)
+        keys = partition(read, self.window).unflatten(0, (x.shape[0], self.heads, -1)).transpose(1, 2)
+        k, v = laid_out(keys).flatten(0, 1).chunk(2, -1)  # (B G, heads, N, d)
         q = partition(q, self.window).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out = attend(q, k, v, self.bias(), scale=self.scale).transpose(1, 2).flatten(2)
         return self.proj(crop(merge(out, self.window, padded), grid))
@@ -97,7 +97,7 @@ class VariedSizeWindow(nn.Module):
         counts = torch.stack([torch.full((), torch.sym_max(side // part, 1), dtype=x.dtype, device=x.device)
                               for side, part in zip(reversed(grid), reversed(self.window), strict=True)])
         moved, stretched = (
-            layer(windows).unflatten(-1, (self.heads, rank)).movedim(-2, 1).flatten(0, 1)
+            laid_out(layer(windows).unflatten(-1, (self.heads, rank)).movedim(-2, 1)).flatten(0, 1)
             for layer in (self.offsets, self.scales)
         )
         place, inside = window_places(padded, self.window, x.dtype, x.device)
@@ -117,6 +117,11 @@ class VariedSizeWindow(nn.Module):
         width, dim = self.proj.in_features, self.qkv.in_features
         regression = 2 * padded // prod(self.window) * dim * self.heads * len(grid)
         return prod(grid) * (3 * dim + width) * width + 2 * padded * prod(self.window) * width + regression
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """A copy in its own order: flattening it then bakes in no size (see `ops.window.partition`)."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @table
