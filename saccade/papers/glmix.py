@@ -6,7 +6,7 @@ every block softly clusters the N tokens into S slots, lets the slots attend to 
 with z the slots' seeds: means of the map over a coarse grid (or learned vectors), s a learned scale. In the pyramid,
 the third stage takes turns with attention over all tokens, the last has attention alone.
 
-Zhu, Wang, Zhang, Lau, "Revisiting the Integration of Convolution and Attention for Vision Backbone", 2024, section 3.
+Zhu, Wang, Zhang, Lau, "Revisiting the Integration of Convolution and Attention for Vision Backbone", 2024.
 
 Any grid: the cells of the seeds' means cover any grid (they repeat tokens where there are fewer than slots);
 convolutions pad with zeros. Quirks kept: seeds are means of the block's input before its position term and its norm;
@@ -51,7 +51,7 @@ CARD = Card(
     arxiv="2411.14429",
     code="rayleizhu/GLMix@3c93dbf",
     licence="MIT",
-    read="paper, code",
+    read="code",
     keywords="GLMix, GLNet, semantic slots, soft clustering, soft dispatch, parallel convolution and attention",
     kinds=("backbone", "mixer"),
     mixers={"glmix": "GLMix"},
@@ -67,7 +67,7 @@ class GLMix(nn.Module):
 
     `slots` is S, a whole power of the rank unless the seeds are `learned`; `context` (B, S, C) are seeds from elsewhere
     (a block gives those of its own input). Raises SaccadeError for a number of slots that makes no coarse grid.
-    (Zhu et al., 2024, equations 1-5.)
+    (Zhu et al., GLMix, 2024.)
     """
 
     ranks, weights, context = (1, 2, 3), True, True
@@ -135,7 +135,7 @@ class TokenLabels(nn.Linear):
 
 
 class TokenLabelHead(Head):
-    """A head trained with token labels: (B, *grid, C) -> (B, classes). (Jiang et al., LV-ViT, 2021, section 3.)"""
+    """A head trained with token labels: (B, *grid, C) -> (B, classes). (Jiang et al., LV-ViT, 2021.)"""
 
     def __init__(self, dim: int, num_classes: int, global_pool: str = "avg") -> None:
         super().__init__(dim, num_classes, global_pool)
