@@ -28,7 +28,7 @@ class ContMix(nn.Module):
     """Dynamic convolution by affinity to a summary of the context: (B, *grid, C) -> (B, *grid, C).
 
     Alone, queries, context and values are projections of x; with `context` channels a `guide` (B, *grid, C + context)
-    gives queries and context, and x itself is the value. (Lou and Yu, 2025, section 3.2.)
+    gives queries and context, and x itself is the value. (Lou and Yu, OverLoCK, 2025.)
     """
 
     ranks, weights = (1, 2, 3), True
