@@ -6,8 +6,8 @@ linear layer turns into a kernel a channel; a learned part of its mean is taken 
     K_c = W gelu(bins_c(W_k x)) + b,    K_c -= sigmoid(d_c) mean(K_c),    out = W_o (K * W_x x).
 AttNet is a pyramid of such blocks with gated, locally convolved MLPs.
 
-Yu, Chen, Jiang, Peng, Sun, Kaski, Zhao, "Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional
-Efficiency", 2025.
+Yu, Chen, Jiang, Peng, Sun, Kaski, Zhao, "Attentive Convolution: Unifying the Expressivity of Self-Attention with
+Convolutional Efficiency", 2025.
 
 Any grid: the convolution pads with zeros; bins share tokens where their number does not divide the map's.
 Quirks kept: bins are runs of the map in row-major order, not cells of it.
