@@ -28,7 +28,19 @@ def attend(
         bias = bias[None]  # with three axes the fused kernel of the CPU takes up to twice as long
     if not recording():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return affinity(q, k, bias, where=where, scale=scale) @ v
+
+
+def affinity(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    *,
+    where: Where | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + bias), written out: for a mechanism that applies the same weights several times."""
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     weights = (logits if bias is None else logits + bias).softmax(-1)
     note(weights, where)
-    return weights @ v
+    return weights

@@ -28,18 +28,15 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
-from saccade.core.keymap import Dropped, KeyMap
+from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
 from saccade.ops.attend import attend
+from saccade.ops.rotary import rotate
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
-from saccade.parts.block import Block
-from saccade.parts.convolution import conv_norm, depthwise
-from saccade.parts.head import Head
-from saccade.parts.mlp import Gelu, LocalMlp
-from saccade.parts.norm import BatchNorm
+from saccade.parts.convolution import depthwise
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.stem import ConvStem
+from saccade.parts.rmt_pyramid import rmt_names, rmt_pyramid
 from saccade.parts.tokens import global_tokens
 
 _PUBLISHED = ("rmt_t", "rmt_s", "rmt_b", "rmt_l")
@@ -130,27 +127,6 @@ class ManhattanAttention(nn.Module):
         return prod(grid) * site.dim * (4 * site.dim + 2 * keys + 5 ** len(grid))
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of each token by its angles: (B, *grid, 2, heads, d) -> the same."""
-    pairs = x.unflatten(-1, (-1, 2))
-    turn = rotation(tuple(x.shape[1:-3]), x.shape[-1] // 2, x.device, x.dtype)
-    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        # One product of complex numbers takes a quarter of the time of the six passes below.
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-@table
-def rotation(grid: Grid, pairs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(*grid, 1, 1, pairs, 2) cosine and sine of n 10000^(-i / (pairs - 1)) for the i-th pair of the n-th token.
-
-    (Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023, section 2.1.)
-    """
-    angle = torch.arange(prod(grid), device=device)[:, None] * 10000 ** -torch.linspace(0, 1, pairs, device=device)
-    return torch.stack([angle.cos(), angle.sin()], -1).to(dtype).view(*grid, 1, 1, pairs, 2)
-
-
 @table
 def fading(decays: tuple[float, ...], sides: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(1, heads, N, N) Manhattan distances on a grid of `sides`, times the logarithm of each head's decay."""
@@ -165,22 +141,6 @@ def line_tokens(grid: Grid, axis: int, device: torch.device) -> tuple[Tensor, Te
     """Token numbers (lines, side) of queries and keys of each line of an axis."""
     tokens = torch.arange(prod(grid), device=device).view(grid).movedim(axis, -1).reshape(-1, grid[axis])
     return tokens, tokens
-
-
-class Stem(ConvStem):
-    """Two 3x3 convolutions for each halving, the first of stride 2: (B, C, *size) -> (B, *ceil(size / patch), dim)."""
-
-    def __init__(self, rank: int, in_chans: int, dim: int, patch: int = 4) -> None:
-        halvings = patch.bit_length() - 1
-        widths = [in_chans, *(dim // 2 ** (halvings - 1 - step // 2) for step in range(2 * halvings))]
-        layers = [layer for step, sizes in enumerate(zip(widths, widths[1:], strict=False))
-                  for layer in (*conv_norm(rank, sizes[0], sizes[1], stride=2 - step % 2, bias=True), Gelu())]
-        super().__init__(*layers[:-1])
-
-
-def head_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> Head:
-    """A head on the projected map, whatever the width `dim` of the last stage."""
-    return Head(width, num_classes, global_pool)
 
 
 _SMALL: dict[str, Any] = dict(dims=(64, 128, 256, 512), heads=(4, 4, 8, 16))
@@ -214,22 +174,9 @@ def rmt(
     The head projects the map to `projection` channels before it pools, so that is what `forward_features` gives.
     """
 
-    def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
-        return Block(
-            site, mixer, drop_path=drop_path, mlp=lambda dim: LocalMlp(site.rank, dim, ratios[site.stage]),
-            layer_scale=layer_scales[site.stage], position=depthwise(site.rank, site.dim, 3),
-        )
-
-    model = Pyramid(
-        dims, depths, heads, stem=partial(Stem, patch=patch), stride=patch,
-        downsample=lambda rank, dim, out: nn.Sequential(*conv_norm(rank, dim, out, stride=2, bias=True)), block=block,
-        mixer=[partial(ManhattanAttention, decomposed=apart, initial=initial, span=span)
-               for apart, initial, span in zip(decomposed, initials, spans, strict=False)],
-        norm=lambda dim: nn.Sequential(nn.Linear(dim, projection), BatchNorm(projection), nn.SiLU()),
-        head=partial(head_on, projection), replace=mixer, **common,
-    )
-    model.num_features = projection
-    return model
+    mixers = [partial(ManhattanAttention, decomposed=apart, initial=initial, span=span)
+              for apart, initial, span in zip(decomposed, initials, spans, strict=False)]
+    return rmt_pyramid(dims, depths, heads, mixers, ratios, layer_scales, projection, patch, replace=mixer, **common)
 
 
 MIXER: KeyMap = (
@@ -237,23 +184,6 @@ MIXER: KeyMap = (
     (r"lepe\.conv\.(.*)", r"local.\1"),
     (r"out_proj\.(.*)", r"proj.\1"),
 )
-_BLOCK = r"layers\.(\d+)\.blocks\.(\d+)\."
-AUTHORS: KeyMap = (
-    Dropped(r"layers\.\d+\.Relpos\.(angle|decay)", "derived buffer"),
-    *((_BLOCK + rf"retention\.{rule[0]}", r"stages.\1.blocks.\2.mixer." + str(rule[1]).replace(r"\1", r"\3"))
-      for rule in MIXER),
-    (_BLOCK + r"retention_layer_norm\.(.*)", r"stages.\1.blocks.\2.norm1.\3"),
-    (_BLOCK + r"final_layer_norm\.(.*)", r"stages.\1.blocks.\2.norm2.\3"),
-    (_BLOCK + r"ffn\.dwconv\.conv\.(.*)", r"stages.\1.blocks.\2.mlp.local.\3"),
-    (_BLOCK + r"ffn\.(.*)", r"stages.\1.blocks.\2.mlp.\3"),
-    (_BLOCK + r"pos\.conv\.(.*)", r"stages.\1.blocks.\2.position.\3"),
-    (_BLOCK + r"gamma_(\d)", r"stages.\1.blocks.\2.scale\3.0.gamma", torch.flatten),
-    *((rf"layers\.{stage}\.downsample\.{theirs}\.(.*)", rf"stages.{stage + 1}.downsample.{ours}.\1")
-      for stage in range(3) for ours, theirs in enumerate(("reduction", "norm"))),
-    (r"patch_embed\.proj\.(.*)", r"stem.\1"),
-    (r"proj\.(.*)", r"norm.0.\1"),
-    (r"norm\.(.*)", r"norm.1.\1"),
-    (r"head\.(.*)", r"head.fc.\1"),
-)
+AUTHORS: KeyMap = rmt_names(MIXER)
 # The authors' stage outputs are taken after the downsampling that follows.
 TAPS = {r"stage([123])": r"stages.\1.downsample", "stage4": "stages.3"}

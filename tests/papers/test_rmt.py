@@ -10,7 +10,8 @@ from torch import Tensor
 
 from saccade import SaccadeError, Site, create_mixer, create_model, record
 from saccade.core.keymap import rename
-from saccade.papers.rmt import AUTHORS, CARD, ManhattanAttention, rotate
+from saccade.ops.rotary import rotate
+from saccade.papers.rmt import AUTHORS, CARD, ManhattanAttention
 
 GRIDS = [(5, 7), (1, 6), (6, 1), (1, 1), (4, 4)]
 
