@@ -34,6 +34,7 @@ from saccade.ops.attend import attend
 from saccade.ops.rotary import rotate
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
+from saccade.parts.axes import line_tokens
 from saccade.parts.convolution import depthwise
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.rmt_pyramid import rmt_names, rmt_pyramid
@@ -107,7 +108,7 @@ class ManhattanAttention(nn.Module):
         """Attention inside each line of an axis: q, k, v (B, *grid, heads, d) -> (B, *grid, heads, d)."""
         moved = [part.movedim(axis + 1, -3) for part in qkv]
         lines = [part.flatten(0, -4) for part in moved]  # (B lines, side, heads, d)
-        out = self.attend((grid[axis],), lambda: line_tokens(grid, axis, qkv[0].device), *lines)
+        out = self.attend((grid[axis],), lambda: (line_tokens(grid, (axis,), qkv[0].device),) * 2, *lines)
         return out.unflatten(0, moved[0].shape[:-3]).movedim(-3, axis + 1)
 
     def attend(self, sides: Grid, where: Any, *qkv: Tensor) -> Tensor:
@@ -134,13 +135,6 @@ def fading(decays: tuple[float, ...], sides: Grid, device: torch.device, dtype: 
     places = [place.flatten() for place in torch.meshgrid(*places, indexing="ij")]
     distance = torch.stack([(place[:, None] - place).abs() for place in places]).sum(0)
     return (torch.tensor(decays, device=device, dtype=dtype).view(1, -1, 1, 1) * distance).to(dtype)
-
-
-@table
-def line_tokens(grid: Grid, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token numbers (lines, side) of queries and keys of each line of an axis."""
-    tokens = torch.arange(prod(grid), device=device).view(grid).movedim(axis, -1).reshape(-1, grid[axis])
-    return tokens, tokens
 
 
 _SMALL: dict[str, Any] = dict(dims=(64, 128, 256, 512), heads=(4, 4, 8, 16))

@@ -56,4 +56,4 @@ def line_tokens(grid: Grid, axes: Grid, device: torch.device) -> Tensor:
     """(groups, tokens a group) numbers of the tokens that share their place on every axis but `axes`."""
     shared = [axis for axis in range(len(grid)) if axis not in axes]
     numbers = torch.arange(prod(grid), device=device).view(grid).permute(*shared, *axes)
-    return numbers.flatten(len(shared)).flatten(0, len(shared) - 1)
+    return numbers.reshape(-1, prod(grid[axis] for axis in axes))
