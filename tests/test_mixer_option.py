@@ -12,7 +12,8 @@ from saccade.papers.convnext import Depthwise
 from saccade.papers.metaformer import Pooling
 from saccade.papers.nat import Neighborhood
 from saccade.papers.swin import ShiftedWindow
-from saccade.tools.matrix import PAGE, column, hosts, recorded
+from saccade.tools.matrix import PAGE, column, hosts
+from saccade.tools.pages import recorded
 
 HOSTS = ("swin_nano", "convnext_nano", "deit_nano")
 

@@ -29,6 +29,18 @@ def merge(windows: Tensor, window: tuple[int, ...], grid: tuple[int, ...]) -> Te
     return x.view(-1, *grid, windows.shape[-1])
 
 
+def shifted(x: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """(B, *grid, C) with every token moved so many steps along each axis, around its end."""
+    if all(isinstance(step, int) for step in steps):
+        return x.roll(steps, tuple(range(1, x.ndim - 1)))
+    for axis, step in enumerate(steps, 1):  # ONNX has no roll by a number that export leaves open
+        size = x.shape[axis]
+        place = torch.arange(size, device=x.device) - step
+        place = torch.where(place < 0, place + size, place)
+        x = x.index_select(axis, torch.where(place < size, place, place - size))
+    return x
+
+
 def crop(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The first `grid` tokens of each axis, without a slice (a negative pad exports with free sizes)."""
     return pad_end(x, [size - full for size, full in zip(grid, x.shape[1:-1], strict=True)])

@@ -38,7 +38,7 @@ from saccade.core.site import MixerFactory, Site
 from saccade.ops.attend import attend
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.tables import table
-from saccade.ops.window import crop, merge, pad_to_multiple, partition
+from saccade.ops.window import crop, merge, pad_to_multiple, partition, shifted
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import at_least, depthwise, grid_conv
@@ -240,13 +240,12 @@ class WindowAgent(Agent):
             self.shift = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        grid, shifts = tuple(x.shape[1:-1]), (self.shift,) * (x.ndim - 2)
-        axes = tuple(range(1, x.ndim - 1))
-        x = pad_to_multiple(x, self.window)
+        grid, rank = tuple(x.shape[1:-1]), x.ndim - 2
+        x = shifted(pad_to_multiple(x, self.window), (-self.shift,) * rank)
         padded = tuple(x.shape[1:-1])
-        windows = partition(x.roll([-step for step in shifts], axes), self.window).unflatten(1, self.window)
+        windows = partition(x, self.window).unflatten(1, self.window)
         mixed = super().forward(windows).flatten(1, -2)
-        return crop(merge(mixed, self.window, padded).roll(shifts, axes), grid)
+        return crop(shifted(merge(mixed, self.window, padded), (self.shift,) * rank), grid)
 
     def where(self, grid: Grid, keys: Grid, device: torch.device) -> tuple[Where | None, Where | None]:
         """Agents of many windows stand for no one token."""

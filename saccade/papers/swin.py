@@ -27,7 +27,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.ops.tables import table
-from saccade.ops.window import crop, merge, pad_to_multiple, partition
+from saccade.ops.window import crop, merge, pad_to_multiple, partition, shifted
 from saccade.parts.block import Block
 from saccade.parts.merging import PatchMerging
 from saccade.parts.pyramid import Pyramid
@@ -87,12 +87,11 @@ class ShiftedWindow(WindowAttention):
         if isinstance(shift, int) and shift == 0:
             return super().forward(x)
         x = pad_to_multiple(x, self.window)
-        padded, axes = tuple(x.shape[1:-1]), tuple(range(1, x.ndim - 1))
-        shifts = (shift,) * len(grid)
-        x = x.roll([-step for step in shifts], axes)
+        padded, shifts = tuple(x.shape[1:-1]), (shift,) * len(grid)
+        x = shifted(x, (-shift,) * len(grid))
         mask = region_mask(padded, self.window, shift, x.device)
         windows = self.attend(partition(x, self.window), grid, shifts, mask)
-        return crop(merge(windows, self.window, padded).roll(shifts, axes), grid)
+        return crop(shifted(merge(windows, self.window, padded), shifts), grid)
 
 
 def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:

@@ -1,7 +1,8 @@
-"""A model as a program that needs neither us nor its paper: torch.export, ONNX."""
+"""A model as it ships: a program that needs neither us nor its paper (torch.export, ONNX), and in int8."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from saccade.core.optional import optional
 
 onnxruntime = optional("onnxruntime", extra="export")
 onnxscript = optional("onnxscript", extra="export")
+torchao = optional("torchao", extra="quant")
 
 TOLERANCE = 1e-4
 
@@ -79,3 +81,10 @@ def difference(session: Any, model: nn.Module, image: Tensor) -> float:
 
 def _sides(size: int | Sequence[int]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def int8(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers hold int8 weights and quantise what they are given on each call (torchao)."""
+    quantized = copy.deepcopy(model)
+    torchao.quantization.quantize_(quantized, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
+    return quantized
