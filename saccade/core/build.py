@@ -104,6 +104,11 @@ def choose_mixer(spec: Any, default: MixerFactory | Sequence[MixerFactory]) -> C
     return build
 
 
+def hybrid_mixer(own: MixerFactory, spec: Any) -> Any:
+    """`mixer=` of a hybrid's host: the caller's word, else the hybrid's `own`, as for blocks that no pattern names."""
+    return {"*": own, **spec} if isinstance(spec, Mapping) else own if spec is None else spec
+
+
 def check_patterns(spec: Any, names: Sequence[str]) -> None:
     """Raise where a pattern of a `mixer={pattern: ...}` dict picks none of the blocks `names`."""
     if isinstance(spec, Mapping):

@@ -18,7 +18,7 @@ without a mask.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.build import create_model, mixer_factory
+from saccade.core.build import create_model, hybrid_mixer, mixer_factory
 from saccade.core.card import Card
 from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, Rule, pvt_names, within
 from saccade.core.load import key_maps
 from saccade.core.record import Where
-from saccade.core.site import MixerFactory, Site
+from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.tables import table
@@ -290,18 +290,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _over(own: MixerFactory, mixer: Any) -> Any:
-    """The caller's mixer, or ours where the caller says nothing."""
-    return {"*": own, **mixer} if isinstance(mixer, Mapping) else own if mixer is None else mixer
-
-
 def agent_deit(host: str, pool: int = 7, blocks: int = 12, mixer: Any = None, **common: Any) -> Backbone:
     """A DeiT whose first `blocks` blocks have agents."""
 
     def own(site: Site) -> nn.Module:
         return PrefixedAgent(site, pool) if site.index < blocks else mixer_factory("attention")(site)
 
-    return create_model(host, mixer=_over(own, mixer), **common)
+    return create_model(host, mixer=hybrid_mixer(own, mixer), **common)
 
 
 def agent_swin(
@@ -320,7 +315,7 @@ def agent_swin(
             return mixer_factory("shifted_window", window=plain)(site)
         return Agent(site, pool) if window is None else WindowAgent(site, pool, window)
 
-    return create_model(host, mixer=_over(own, mixer), window=plain, **common)
+    return create_model(host, mixer=hybrid_mixer(own, mixer), window=plain, **common)
 
 
 def agent_pvt(

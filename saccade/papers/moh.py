@@ -13,16 +13,15 @@ shared gates exist; all heads are computed and the gates of those not chosen are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.core.build import create_model
+from saccade.core.build import create_model, hybrid_mixer
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
@@ -175,14 +174,12 @@ def moh(
     **common: Any,
 ) -> Backbone:
     """A TransNeXt (`host`) whose heads are gated: `shared` and `routed` heads a stage."""
-    own: list[Any] = [partial(AggregatedMixtureOfHead, shared=always, routed=chosen, ratio=ratio) if ratio > 1
-                      else partial(MixtureOfHead, shared=always, routed=chosen)
-                      for always, chosen, ratio in zip(shared, routed, pooling, strict=True)]
-    if mixer is None:
-        mixer = own
-    elif isinstance(mixer, Mapping):  # blocks that no pattern names keep their gates
-        mixer = {f"stages.{stage}.*": factory for stage, factory in enumerate(own)} | dict(mixer)
-    return create_model(host, mixer=mixer, **common)
+
+    def own(site: Site) -> nn.Module:
+        heads, ratio = (shared[site.stage], routed[site.stage]), pooling[site.stage]
+        return AggregatedMixtureOfHead(site, *heads, ratio) if ratio > 1 else MixtureOfHead(site, *heads)
+
+    return create_model(host, mixer=hybrid_mixer(own, mixer), **common)
 
 
 GATES: KeyMap = (
