@@ -9,18 +9,23 @@ from torch import Tensor
 from saccade.parts.aggregated import AggregatedAttention, CosineAttention
 
 
-def cosine_attention(mixer: CosineAttention, x: Tensor) -> Tensor:
-    """All N x N weights in memory."""
+def cosine_heads(mixer: CosineAttention, x: Tensor) -> Tensor:
+    """What each head gives each token, (B, N, h, d): all N x N weights in memory."""
     B, H, W, C = x.shape
     q, k, v = mixer.qkv(x).view(B, H * W, 3, mixer.heads, -1).permute(2, 0, 3, 1, 4)
     q = F.normalize(q, dim=-1) + mixer.query_embedding
     q = q * F.softplus(mixer.temperature) * torch.tensor(H * W, dtype=x.dtype).log()
     weights = (q @ F.normalize(k, dim=-1).transpose(-2, -1) + mixer.bias((H, W), (H, W))).softmax(-1)
-    return mixer.proj((weights @ v).transpose(1, 2).reshape(x.shape))
+    return (weights @ v).transpose(1, 2)
 
 
-def aggregated_attention(mixer: AggregatedAttention, x: Tensor) -> Tensor:
-    """Unfolded keys and values: a copy of the map for each place of the window."""
+def cosine_attention(mixer: CosineAttention, x: Tensor) -> Tensor:
+    """The heads, projected."""
+    return mixer.proj(cosine_heads(mixer, x).reshape(x.shape))
+
+
+def aggregated_heads(mixer: AggregatedAttention, x: Tensor) -> Tensor:
+    """Likewise, with unfolded keys and values: a copy of the map for each place of the window."""
     B, H, W, C = x.shape
     N, h, size = H * W, mixer.heads, mixer.window
     cells = tuple(max(side // mixer.ratio, 1) for side in (H, W))
@@ -42,5 +47,9 @@ def aggregated_attention(mixer: AggregatedAttention, x: Tensor) -> Tensor:
     weights = torch.cat([near, far], -1).softmax(-1)
     near, far = weights[..., : size**2], weights[..., size**2:]
     near = near + unit @ mixer.tokens + mixer.token_bias
-    out = (near[..., None, :] @ v).squeeze(-2) + far @ v_far
-    return mixer.proj(out.transpose(1, 2).reshape(x.shape))
+    return ((near[..., None, :] @ v).squeeze(-2) + far @ v_far).transpose(1, 2)
+
+
+def aggregated_attention(mixer: AggregatedAttention, x: Tensor) -> Tensor:
+    """The heads, projected."""
+    return mixer.proj(aggregated_heads(mixer, x).reshape(x.shape))

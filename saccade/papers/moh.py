@@ -49,6 +49,7 @@ CARD = Card(
     aliases=dict(zip(("moh_transnext_small_80", "moh_transnext_small_75", "moh_transnext_base_75",
                       "moh_transnext_base_50"), _PUBLISHED, strict=True)),
     goldens=("moh_vit_s_75", "op_moh_attention", "op_moh_aggregated_attention"),
+    tests=("tests/papers/test_moh.py",),
 )
 
 
