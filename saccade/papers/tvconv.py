@@ -16,7 +16,7 @@ Quirks kept: layer norms are over the whole map, with an affine of its shape. Bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
+from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.parts.convolution import grid_conv
 from saccade.parts.head import Head
-from saccade.parts.mobilenet import ROWS, MobileNetV2, Row, blocks_of, places
+from saccade.parts.mobilenet import INVERTED_ROWS, MobileNet, Row, places, torchvision_names
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
 
@@ -177,13 +177,13 @@ SIZES: dict[str, dict[str, Any]] = {
     f"tvconv_mobilenet_v2_x{number // 10}_{number % 10}": dict(scale=number / 10, num_classes=512, img_size=96)
     for number in (1, 2, 3, 5, 10)
 }
-SIZES["tvconv_nano"] = dict(rows=((1, 16, 1, 1), (2, 24, 2, 2), (2, 32, 2, 2)), scale=1.0, width=8, layers=1, last=64,
-                            img_size=32)
+SIZES["tvconv_nano"] = dict(rows=(Row(1, 16, 1, 1), Row(2, 24, 2, 2), Row(2, 32, 2, 2)), scale=1.0, width=8, layers=1,
+                            last=64, img_size=32)
 
 
 def tvconv(
     scale: float,
-    rows: Sequence[Sequence[int]] = ROWS,
+    rows: Sequence[Row] = INVERTED_ROWS,
     kernel: int = 3,
     channels: int = 4,
     width: int = 64,
@@ -192,12 +192,11 @@ def tvconv(
     last: int = 512,
     mixer: Any = None,
     **common: Any,
-) -> MobileNetV2:
+) -> MobileNet:
     """A MobileNet V2 of `scale` times the width, its depthwise layers translation variant."""
-    make: Callable[..., nn.Module] = partial(TVConv, kernel=kernel, channels=channels, width=width, layers=layers,
-                                             bias=bias)
-    return MobileNetV2([Row(*row) for row in rows], width=scale, stem_stride=1, last=last, mixer=make,
-                       strided=partial(make, stride=2), head=EmbeddingHead, replace=mixer, **common)
+    make = partial(TVConv, kernel=kernel, channels=channels, width=width, layers=layers, bias=bias)
+    return MobileNet([row._replace(mixer=make) for row in rows], width=scale, stem_stride=1, last=last,
+                     head=EmbeddingHead, replace=mixer, **common)
 
 
 def _channels_last(value: Tensor) -> Tensor:
@@ -218,29 +217,9 @@ OPERATOR: KeyMap = (
         (rf"(weight|bias)_layers\.{number}\.1\.(.*)", rf"maps.\1_layers.{3 * number + 1}.\2", _channels_last))),
 )
 
-
-def block_names(expand: bool, layer: str) -> KeyMap:
-    """An inverted residual's names: its layers are counted from 0, whether or not it expands."""
-    first = int(expand)
-    widen: KeyMap = ((r"conv\.0\.0\.weight", "expand.0.weight", matrix_from_1x1),
-                     (r"conv\.0\.1\.(.*)", r"expand.1.\1"))
-    return (
-        *(widen if expand else ()),
-        *within(OPERATOR, rf"conv\.{first}\.0\.", f"{layer}."),
-        (rf"conv\.{first}\.1\.(.*)", r"norm.\1"),
-        (rf"conv\.{first + 1}\.weight", "shrink.0.weight", matrix_from_1x1),
-        (rf"conv\.{first + 2}\.(.*)", r"shrink.1.\1"),
-    )
-
-
 AUTHORS: KeyMap = (
-    (r"features\.0\.(.*)", r"stem.\1"),
-    *(rule for number, ((row, stride), (name, _, _)) in enumerate(zip(blocks_of(ROWS), places(ROWS), strict=True), 1)
-      for rule in within(block_names(row.ratio != 1, "mixer" if stride == 1 else "local"),
-                         rf"features\.{number}\.", f"{name}.")),
-    (r"features\.18\.0\.weight", "norm.0.weight", matrix_from_1x1),
-    (r"features\.18\.1\.(.*)", r"norm.1.\1"),
+    *torchvision_names(layer=OPERATOR),
     (r"output_layer\.layer1\.(.*)", r"head.norm.\1"),
     (r"output_layer\.layer2\.(.*)", r"head.fc.\1"),
 )
-TAPS = {f"f{number}": name for number, (name, _, _) in enumerate(places(ROWS), 1)}
+TAPS = {f"f{number}": name for number, (name, _, _) in enumerate(places(INVERTED_ROWS), 1)}

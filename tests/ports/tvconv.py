@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from saccade import Site
-from saccade.papers.tvconv import AUTHORS, OPERATOR, TAPS, TVConv, block_names, tvconv
-from saccade.parts.mobilenet import MobileBlock
+from saccade.papers.tvconv import AUTHORS, OPERATOR, TAPS, TVConv, tvconv
+from saccade.parts.mobilenet import InvertedBlock, inverted_names
 from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
@@ -28,10 +28,8 @@ def build(golden: dict) -> Port:
     if what == "TVConvInvertedResidual":
         ratio, stride = args["expand_ratio"], args["stride"]
         site = Site(round(args["inp"] * ratio), grid=(args["h_w"],) * 2)
-        layer = TVConv(site, stride=stride, **settings(args))
-        block = MobileBlock(site, layer, args["inp"], args["oup"], stride)
-        return Port(block, key_map(block_names(ratio != 1, "mixer" if stride == 1 else "local")), channels_last,
-                    channels_first)
+        block = InvertedBlock(site, TVConv(site, stride=stride, **settings(args)), args["inp"], args["oup"], stride)
+        return Port(block, key_map(inverted_names(ratio != 1, stride, OPERATOR)), channels_last, channels_first)
     whole, tenth = re.fullmatch(r"mobilenet_v2_x(\d)_(\d)", what).groups()
     model = tvconv(int(whole) + int(tenth) / 10, num_classes=args.get("embedding_size", 512),
                    img_size=tuple(args.get("input_size", image.shape[2:])), **settings(args))
