@@ -37,14 +37,14 @@ CARD = Card(
     systems=("raftmlp",),
     arxiv="2108.04384",
     code="okojoalg/raft-mlp@6060d5d",
-    licence="unknown",
-    read="paper",
+    licence="Apache-2.0",
+    read="paper, code",
     keywords="raft-token-mixing, vertical and horizontal token MLP, multi-scale patch embedding, attention-free",
     kinds=("backbone", "mixer"),
     mixers={"raft_token_mixing": "RaftMixing"},
-    params={"raftmlp_s": 9.9e6, "raftmlp_m": 21.4e6},
-    macs={"raftmlp_s": 2.1e9, "raftmlp_m": 4.3e9},
-    top1={"raftmlp_s": 76.1, "raftmlp_m": 78.8},
+    params={"raftmlp_s": 9.9e6, "raftmlp_m": 21.4e6, "raftmlp_l": 36.2e6},
+    macs={"raftmlp_s": 2.1e9, "raftmlp_m": 4.3e9, "raftmlp_l": 6.5e9},
+    top1={"raftmlp_s": 76.1, "raftmlp_m": 78.8, "raftmlp_l": 79.4},
     goldens=("raftmlp_s", "op_raft_token_mixing", "op_raft_token_mixing_resized"),
 )
 
@@ -138,6 +138,7 @@ _KERNELS = ((4, 8), (2, 4), (2, 4), (2,))
 SIZES: dict[str, dict[str, Any]] = {
     "raftmlp_s": dict(dims=(64, 128, 256, 512), depths=(2, 2, 6, 2)),
     "raftmlp_m": dict(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2)),
+    "raftmlp_l": dict(dims=(128, 192, 512, 1024), depths=(2, 2, 6, 2)),
     "raftmlp_nano": dict(dims=(32, 64, 128), depths=(1, 1, 1), kernels=((2, 4), (2, 4), (2,)), img_size=32),
 }
 
