@@ -18,20 +18,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1
-from saccade.core.site import MixerFactory, Site
+from saccade.core.site import MixerFactory
 from saccade.parts.attention import Attention
 from saccade.parts.block import Block, Norm
 from saccade.parts.convolution import grid_conv
 from saccade.parts.norm import GroupNorm1
-from saccade.parts.position import Position, is_native, resample
+from saccade.parts.position import Position
 from saccade.parts.pyramid import Pyramid
+from saccade.parts.spatial import Identity, Pooling, SpatialFc
 from saccade.parts.stem import PatchEmbed
 
 _ADDRESS = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
@@ -57,79 +56,6 @@ CARD = Card(
     weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},
     goldens=("poolformer_s12", "metaformer_ppaa_s12", "op_poolformer_block", "op_pooling_mixer"),
 )
-
-POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-class Pooling(nn.Module):
-    """mean of the `kernel` x `kernel` neighbours inside the map, minus the token itself (the block adds it back)."""
-
-    ranks = (1, 2, 3)
-
-    def __init__(self, site: Site, kernel: int = 3) -> None:
-        super().__init__()
-        self.kernel = kernel
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = POOL[x.ndim - 2](x.movedim(-1, 1), self.kernel, 1, self.kernel // 2, count_include_pad=False)
-        return pooled.movedim(1, -1).contiguous() - x
-
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        return 0
-
-    def reach(self, site: Site) -> tuple[int, ...]:
-        return (self.kernel // 2,) * site.rank
-
-
-class SpatialFc(nn.Module):
-    """out = W x over positions: y[i] = sum_j W[i, j] x[j], the same for every channel. W belongs to the native grid."""
-
-    ranks = (1, 2)
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.grid = site.grid
-        tokens = torch.Size(site.grid).numel()
-        self.weight = nn.Parameter(torch.empty(tokens, tokens))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[1:-1])
-        weight = self.weight if is_native(grid, self.grid) else self._at(self.weight, self.grid, grid)
-        return (weight @ x.flatten(1, -2)).view(x.shape)
-
-    @staticmethod
-    def _at(weight: Tensor, native: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-        columns = resample(weight.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]  # (N', N_native)
-        rows = resample(columns.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]
-        return rows * (torch.Size(native).numel() / torch.Size(grid).numel())
-
-    def resize(self, parameter: str, value: Tensor) -> Tensor:
-        """The weight of a square grid of another side, for this grid."""
-        side = round(value.shape[0] ** (1 / len(self.grid)))
-        return self._at(value, (side,) * len(self.grid), self.grid)
-
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        return torch.Size(grid).numel() ** 2 * site.dim
-
-    def reach(self, site: Site) -> None:
-        return None
-
-
-class Identity(nn.Identity):
-    """No mixing at all: the lower bound that a mixer has to beat."""
-
-    ranks = (1, 2, 3)
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        return 0
-
-    def reach(self, site: Site) -> tuple[int, ...]:
-        return (0,) * site.rank
-
 
 class Downsample(nn.Sequential):
     """A 3x3 convolution of stride 2 (and, in some models, a learned position after it)."""
