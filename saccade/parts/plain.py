@@ -60,7 +60,7 @@ class Plain(Backbone):
     comes. `replace` is the caller's mixer; a mixer without the prefix trait needs `prefix_mode`.
     """
 
-    undecayed = ("prefix", "position")
+    undecayed: tuple[str, ...] = ("prefix", "position")
 
     def __init__(
         self,
