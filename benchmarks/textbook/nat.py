@@ -1,4 +1,4 @@
-"""Neighborhood attention by copying out each token's neighbours."""
+"""Neighborhood attention by copying out each token's neighbours; relative attention with all weights written out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.papers.nat import Neighborhood
+from saccade.papers.nat import Neighborhood, RelativeAttention
 
 
 def neighborhood(mixer: Neighborhood, x: Tensor) -> Tensor:
@@ -25,3 +25,13 @@ def neighborhood(mixer: Neighborhood, x: Tensor) -> Tensor:
         logits = logits + mixer.bias[:, down[:, None, :, None], across[None, :, None, :]].flatten(1, 2).flatten(2)
     out = (logits.softmax(-1)[..., None, :] @ v[:, :, tokens])[..., 0, :]
     return mixer.proj(out.transpose(1, 2).reshape(B, rows, columns, C))[:, :H, :W]
+
+
+def relative_attention(mixer: RelativeAttention, x: Tensor) -> Tensor:
+    """The bias of each pair of tokens looked up (native grid), the (N, N) weights written out."""
+    B, H, W, C = x.shape
+    q, k, v = mixer.qkv(x).view(B, H * W, 3, mixer.heads, C // mixer.heads).permute(2, 0, 3, 1, 4)
+    row, column = torch.arange(H * W) // W, torch.arange(H * W) % W
+    bias = mixer.bias[:, row - row[:, None] + H - 1, column - column[:, None] + W - 1]
+    weights = ((q * (C // mixer.heads) ** -0.5) @ k.mT + bias).softmax(-1)
+    return mixer.proj((weights @ v).transpose(1, 2).reshape(B, H, W, C))

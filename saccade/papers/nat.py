@@ -4,13 +4,15 @@ Token i attends to the k x k tokens around it, N(i), with a learned bias a relat
     out_i = sum_{j in N(i)} softmax_j(q_i . k_j / sqrt(d) + b[j - i]) v_j,
 and at the borders the neighborhood moves inwards: every token sees exactly k^2 others. DiNAT lets every second block
 take its neighbours `dilation` steps apart, so that local and sparse global blocks alternate and the field of view grows
-exponentially at no cost. DiNAT_s is the same in Swin's layout.
+exponentially at no cost. DiNAT_s is the same in Swin's layout. The isotropic models keep one grid of 16x16 patches,
+as a ViT does, without class token and position table; ViT-rpb, their rival, has all tokens for N(i).
 
 Hassani, Walton, Li, Li, Shi, "Neighborhood Attention Transformer", 2023, section 3.
 Hassani, Shi, "Dilated Neighborhood Attention Transformer", 2022, section 3.
 
 Any grid: one shorter than kernel x dilation is zero-padded at its end, before qkv and without a mask, and cropped
-before proj, as in the authors' code (classification and dense prediction alike).
+before proj, as in the authors' code (classification and dense prediction alike). ViT-rpb's bias, which has an entry for
+every offset of the native grid, is resampled (bicubic over the offsets).
 """
 
 from __future__ import annotations
@@ -24,19 +26,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
-from saccade.core.keymap import KeyMap
+from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
+from saccade.ops.attend import attend
 from saccade.ops.neighborhood import neighborhood_attention
-from saccade.ops.window import crop, pad_end
+from saccade.ops.window import crop, pad_end, relative_position_index
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import CONVOLUTIONS, grid_conv
 from saccade.parts.merging import PatchMerging
 from saccade.parts.mlp import Mlp
+from saccade.parts.plain import Plain
+from saccade.parts.position import resample
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
+from saccade.parts.tokens import global_tokens
 
 _ADDRESS = "https://shi-labs.com/projects/"
+_DINAT = f"{_ADDRESS}dinat/checkpoints/"
 _LAYER_NORM = nn.LayerNorm  # eps 1e-5
 
 CARD = Card(
@@ -50,25 +57,43 @@ CARD = Card(
     read="paper, code",
     keywords="neighborhood attention, dilation, sliding window, local attention, relative position bias, NATTEN",
     kinds=("backbone", "mixer"),
-    mixers={"neighborhood": "Neighborhood"},
+    mixers={"neighborhood": "Neighborhood", "relative_attention": "RelativeAttention"},
     params={"nat_mini": 20e6, "nat_tiny": 28e6, "nat_small": 51e6, "nat_base": 90e6, "dinat_mini": 20e6,
-            "dinat_tiny": 28e6, "dinat_small": 51e6, "dinat_base": 90e6, "dinat_large": 200e6, "dinat_s_tiny": 28e6,
-            "dinat_s_small": 50e6, "dinat_s_base": 88e6, "dinat_s_large": 197e6},
+            "dinat_tiny": 28e6, "dinat_small": 51e6, "dinat_base": 90e6, "dinat_large": 200e6, "dinat_large_384": 200e6,
+            "dinat_large_384_11x11": 200e6, "dinat_s_tiny": 28e6, "dinat_s_small": 50e6, "dinat_s_base": 88e6,
+            "dinat_s_large": 197e6, "dinat_s_large_384": 197e6, "nat_isotropic_small": 22e6, "nat_isotropic_base": 86e6,
+            "dinat_isotropic_small": 22e6, "dinat_isotropic_base": 86e6, "vitrpb_small": 22e6, "vitrpb_base": 86e6},
     macs={"nat_mini": 2.7e9, "nat_tiny": 4.3e9, "nat_small": 7.8e9, "nat_base": 13.7e9, "dinat_mini": 2.7e9,
-          "dinat_tiny": 4.3e9, "dinat_small": 7.8e9, "dinat_base": 13.7e9, "dinat_large": 30.6e9, "dinat_s_tiny": 4.5e9,
-          "dinat_s_small": 8.7e9, "dinat_s_base": 15.4e9, "dinat_s_large": 34.5e9},
+          "dinat_tiny": 4.3e9, "dinat_small": 7.8e9, "dinat_base": 13.7e9, "dinat_large": 30.6e9,
+          "dinat_large_384": 89.7e9, "dinat_large_384_11x11": 92.4e9, "dinat_s_tiny": 4.5e9, "dinat_s_small": 8.7e9,
+          "dinat_s_base": 15.4e9, "dinat_s_large": 34.5e9, "dinat_s_large_384": 101.5e9, "nat_isotropic_small": 4.3e9,
+          "nat_isotropic_base": 16.9e9, "dinat_isotropic_small": 4.3e9, "dinat_isotropic_base": 16.9e9,
+          "vitrpb_small": 4.6e9, "vitrpb_base": 17.5e9},
+    # The large models were trained on ImageNet-22K first.
     top1={"nat_mini": 81.8, "nat_tiny": 83.2, "nat_small": 83.7, "nat_base": 84.3, "dinat_mini": 81.8,
-          "dinat_tiny": 82.7, "dinat_small": 83.8, "dinat_base": 84.4, "dinat_s_tiny": 81.8, "dinat_s_small": 83.5,
-          "dinat_s_base": 83.8},
+          "dinat_tiny": 82.7, "dinat_small": 83.8, "dinat_base": 84.4, "dinat_large": 86.6, "dinat_large_384": 87.4,
+          "dinat_large_384_11x11": 87.5, "dinat_s_tiny": 81.8, "dinat_s_small": 83.5, "dinat_s_base": 83.8,
+          "dinat_s_large": 86.5, "dinat_s_large_384": 87.4, "nat_isotropic_small": 80.0, "nat_isotropic_base": 81.6,
+          "dinat_isotropic_small": 80.8, "dinat_isotropic_base": 82.1, "vitrpb_small": 81.2, "vitrpb_base": 82.5},
     weights={
         **{name: Weights(f"{_ADDRESS}nat/checkpoints/CLS/{name}.pth")
            for name in ("nat_mini", "nat_tiny", "nat_small", "nat_base")},
-        **{name: Weights(f"{_ADDRESS}dinat/checkpoints/imagenet1k/{name}_in1k_224.pth")
+        **{name: Weights(f"{_DINAT}imagenet1k/{name}_in1k_224.pth")
            for name in ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base", "dinat_s_tiny", "dinat_s_small",
                         "dinat_s_base")},
+        **{name: Weights(f"{_DINAT}imagenet1k/{file}.pth", data="ImageNet-22K, ImageNet-1K")
+           for name, file in (("dinat_large", "dinat_large_in22k_in1k_224"),
+                              ("dinat_large_384", "dinat_large_in22k_in1k_384"),
+                              ("dinat_large_384_11x11", "dinat_large_in22k_in1k_384_11x11"),
+                              ("dinat_s_large", "dinat_s_large_in1k_224"),
+                              ("dinat_s_large_384", "dinat_s_large_in1k_384"))},
+        **{name: Weights(f"{_DINAT}isotropic/{name}_in1k_224.pth")
+           for name in ("nat_isotropic_small", "nat_isotropic_base", "dinat_isotropic_small", "dinat_isotropic_base",
+                        "vitrpb_small", "vitrpb_base")},
     },
     goldens=("nat_mini", "dinat_mini", "dinat_s_tiny", "op_neighborhood_attention", "op_neighborhood_attention_dilated",
              "op_neighborhood_attention_pad"),
+    tests=("tests/papers/test_nat.py",),
 )
 
 
@@ -116,6 +141,51 @@ class Neighborhood(nn.Module):
         return ((self.kernel - 1) * self.dilation,) * site.rank
 
 
+class RelativeAttention(nn.Module):
+    """out = proj(softmax(q k^T / sqrt(d) + b[j - i]) v) over all tokens: (B, *grid, C) -> (B, *grid, C).
+
+    b has an entry a head and offset between two tokens of the native grid: (heads, *(2 side - 1)).
+    """
+
+    ranks, weights = (1, 2, 3), True
+    template = ("qkv", "proj")
+    undecayed = ("bias",)
+
+    def __init__(self, site: Site, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_heads(site)
+        self.heads, self.grid = site.heads, site.grid
+        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
+        self.bias = nn.Parameter(torch.empty(site.heads, *(2 * side - 1 for side in site.grid)))
+        self.proj = nn.Linear(site.dim, site.dim)
+        nn.init.trunc_normal_(self.bias, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:-1])
+        q, k, v = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = at_grid(self.bias, grid).flatten(1)[:, relative_position_index(grid, x.device).T]  # (heads, N, N)
+        out = attend(q, k, v, bias, where=lambda: global_tokens(q.shape[-2], x.device))
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def resize(self, parameter: str, value: Tensor) -> Tensor:
+        """The bias of another native grid, resampled (bicubic over the offsets)."""
+        return at_grid(value, self.grid) if value.ndim == self.bias.ndim else value
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        """Multiply-adds: 4 N C^2 for the projections, 2 N^2 C for the products."""
+        tokens = torch.Size(grid).numel()
+        return 4 * tokens * site.dim**2 + 2 * tokens**2 * site.dim
+
+    def reach(self, site: Site) -> None:
+        """Every token reaches every other."""
+        return None
+
+
+def at_grid(bias: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A bias a head and offset, resampled to the offsets of a grid: (heads, *) -> (heads, *(2 side - 1))."""
+    return resample(bias.movedim(0, -1)[None], tuple(2 * side - 1 for side in grid))[0].movedim(-1, 0)
+
+
 class Tokenizer(nn.Module):
     """3x3 convolutions of stride 2, the first to half the width, then a norm: overlapping patches."""
 
@@ -142,6 +212,26 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x))
+
+
+class Isotropic(Plain):
+    """A Plain without class token and position table: the biases of its blocks tell where tokens stand."""
+
+    undecayed = ()
+
+    def __init__(
+        self, dim: int, depth: int, heads: int, *, patch: int, in_chans: int = 3, global_pool: str = "avg",
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, depth, heads, patch=patch, prefix=0, norm=_LAYER_NORM, in_chans=in_chans,
+                         global_pool=global_pool, **options)
+        self.stem = PatchEmbed(len(self.grid), in_chans, dim, stride=patch, norm=_LAYER_NORM)
+        self.register_parameter("position", None)
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The sequence (B, N, C) that enters the first block, and its grid."""
+        x = self.stem(image)
+        return x.flatten(1, -2), tuple(x.shape[1:-1])
 
 
 def alternate(depths: Sequence[int], dilations: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -173,6 +263,18 @@ def _table() -> dict[str, dict[str, Any]]:
         large = shapes["large"] | own | dict(img_size=384)
         table[f"{prefix}_large_384"] = large | dict(dilations=alternate(shapes["large"]["depths"], (13, 6, 3, 1)))
     table["dinat_large_384_11x11"] = table["dinat_large"] | dict(kernel=11, img_size=384)
+    for name in ("dinat_large", "dinat_s_large"):
+        table[f"{name}_21k"] = table[name] | dict(num_classes=21841)
+    table["dinat_large_21k_11x11"] = table["dinat_large_21k"] | dict(kernel=11)
+    isotropic: dict[str, dict[str, Any]] = {
+        "small": dict(dim=384, heads=12), "base": dict(dim=768, heads=24),
+        "nano": dict(dim=64, heads=2, depth=4, kernel=3, patch=4, img_size=32),
+    }
+    for size, shape in isotropic.items():
+        shape = dict(builder="isotropic") | shape
+        table[f"nat_isotropic_{size}"] = shape
+        table[f"dinat_isotropic_{size}"] = shape | dict(dilation=2)
+        table[f"vitrpb_{size}"] = shape | dict(kernel=None)
     nano: dict[str, Any] = dict(dim=32, depths=(1, 2, 2), heads=1, mlp_ratio=4, kernel=3, steps=1, img_size=32)
     return table | {"nat_nano": nano, "dinat_nano": nano | dict(dilations=alternate((1, 2, 2), (4, 2, 1)))}
 
@@ -217,6 +319,23 @@ def dinat_s(
     )
 
 
+def isotropic(
+    dim: int,
+    heads: int,
+    depth: int = 12,
+    dilation: int = 1,
+    kernel: int | None = 7,
+    patch: int = 16,
+    mixer: Any = None,
+    **common: Any,
+) -> Isotropic:
+    """An isotropic NAT or DiNAT (`dilation` in odd blocks), or, without a `kernel`, ViT-rpb."""
+    def built_in(site: Site) -> nn.Module:
+        return Neighborhood(site, kernel, dilation if site.index % 2 else 1) if kernel else RelativeAttention(site)
+
+    return Isotropic(dim, depth, heads, patch=patch, mixer=built_in, replace=mixer, **common)
+
+
 def _pyramid(
     dim: int, depths: Sequence[int], heads: int, dilations: Sequence[Sequence[int]] | None, kernel: int, **options: Any
 ) -> Pyramid:
@@ -228,7 +347,7 @@ def _pyramid(
                    mixer=mixer, norm=_LAYER_NORM, **options)
 
 
-AUTHORS: KeyMap = (
+_PYRAMID: KeyMap = (
     (r"patch_embed\.(.*)", r"stem.\1"),
     *((rf"(?:levels|layers)\.{stage}\.downsample\.(.*)", rf"stages.{stage + 1}.downsample.\1") for stage in range(3)),
     (r"(?:levels|layers)\.(\d+)\.blocks\.(\d+)\.attn\.rpb", r"stages.\1.blocks.\2.mixer.bias"),
@@ -237,5 +356,19 @@ AUTHORS: KeyMap = (
     (r"(?:levels|layers)\.(\d+)\.(.*)", r"stages.\1.\2"),
     (r"head\.(.*)", r"head.fc.\1"),
 )
+_ISOTROPIC: KeyMap = (
+    Dropped(r"layers\.\d+\.attn\.relative_position_index", "derived buffer"),
+    (r"patch_embed\.(.*)", r"stem.\1"),
+    (r"layers\.(\d+)\.attn\.rpb", r"blocks.\1.mixer.bias"),
+    (r"layers\.(\d+)\.attn\.(.*)", r"blocks.\1.mixer.\2"),
+    (r"layers\.(\d+)\.(.*)", r"blocks.\1.\2"),
+)
+
+
+def AUTHORS(name: str) -> KeyMap:
+    """The authors' names in a model."""
+    return _ISOTROPIC if SIZES[name].get("builder") == "isotropic" else _PYRAMID
+
+
 # The authors' stage outputs are taken after the downsampling that follows.
 TAPS = {r"stage([123])": r"stages.\1.downsample", "stage4": "stages.3"}
