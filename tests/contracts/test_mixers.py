@@ -76,7 +76,7 @@ def test_evaluation_is_deterministic(name):
 
 
 # Tiles compute masked pairs too: their declared cost is proven by the goldens' counts (tests/test_goldens.py) alone.
-TILED = {"neighborhood", "fused_neighborhood"}
+TILED = {"neighborhood", "fused_neighborhood", "scrambled_neighborhood"}
 
 
 @over("test_declared_cost", MIXERS)
