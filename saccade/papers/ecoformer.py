@@ -76,7 +76,7 @@ class HashFunctions(nn.Module):
 
     def kernel(self, unit: Tensor) -> Tensor:
         """exp(-|x - a|^2 / 2 sigma): (B, h, N, d) -> (B, h, N, m)."""
-        if recording():  # in the authors' order
+        if recording():  # the explicit form, whose arithmetic is declared
             distance = (unit[..., None, :] - self.anchors[:, None]).square().sum(-1)
         else:
             products = unit @ self.anchors.mT

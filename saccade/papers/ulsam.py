@@ -59,6 +59,7 @@ CARD = Card(
     tests=("tests/papers/test_ulsam.py",),
 )
 
+
 class SubspaceAttention(nn.Module):
     """out_s = x_s + softmax(f(x_s)) x_s for each of `subspaces` groups of channels: (B, *grid, C) -> (B, *grid, C).
 
@@ -77,7 +78,7 @@ class SubspaceAttention(nn.Module):
                                     nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.training or recording()
+        plain = self.training or recording()  # the form whose arithmetic is declared
         scores = self.gather(largest_neighbour(self.scale(x))) if plain else self._folded(x)
         maps = scores.flatten(1, -2).softmax(1)
         note(maps.movedim(-1, 1)[:, :, None])
