@@ -10,7 +10,7 @@ Chen, He, Zhuo, Ma, Ha, Chan, "TVConv: Efficient Translation Variant Convolution
 
 Any grid: affinity map and layer norms belong to the native grid; the weights made there are resampled (linearly) to the
 grid that comes. The network is MobileNet V2 on 96 x 96 faces, its first convolution without stride, its head a norm, a
-layer and a norm: an embedding of `num_classes` (512) numbers.
+mean, a layer and a norm (no dropout): an embedding of `num_classes` (512) numbers.
 Quirks kept: layer norms are over the whole map, with an affine of its shape. Blocks that stride convolve likewise.
 """
 
@@ -29,7 +29,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.parts.convolution import grid_conv
-from saccade.parts.head import Head
+from saccade.parts.head import Head, pool
 from saccade.parts.mobilenet import INVERTED_ROWS, MobileNet, Row, places, torchvision_names
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
@@ -165,12 +165,15 @@ class TVConv(nn.Module):
 
 
 class EmbeddingHead(Head):
-    """norm(fc(mean(norm(x)))): (B, *grid, C) -> (B, embedding)."""
+    """norm(fc(pool(norm(x)))): (B, *grid, C) -> (B, embedding)."""
 
     def __init__(self, dim: int, num_classes: int, global_pool: str = "avg") -> None:
         super().__init__(dim, num_classes, global_pool, norm=BatchNorm)
         if num_classes:
             self.fc = nn.Sequential(nn.Linear(dim, num_classes), BatchNorm(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(pool(self.norm(x), self.global_pool))
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -219,7 +222,7 @@ OPERATOR: KeyMap = (
 
 AUTHORS: KeyMap = (
     *torchvision_names(layer=OPERATOR),
-    (r"output_layer\.layer1\.(.*)", r"head.norm.\1"),
+    (r"output_layer\.layer1\.(?:0\.)?(.*)", r"head.norm.\1"),  # .0 beside a dropout
     (r"output_layer\.layer2\.(.*)", r"head.fc.\1"),
 )
 TAPS = {f"f{number}": name for number, (name, _, _) in enumerate(places(INVERTED_ROWS), 1)}
