@@ -37,6 +37,11 @@ class Head(nn.Module):
         return self.fc(self.norm(pool(x, self.global_pool)))
 
 
+def head_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> Head:
+    """A head on a map projected to `width` channels, whatever the width `dim` of the last stage."""
+    return Head(width, num_classes, global_pool)
+
+
 class LabelledHead(Head):
     """fc(norm(pool(x))) + max over the tokens of fc'(token) / 2: the head of models trained with token labels.
 

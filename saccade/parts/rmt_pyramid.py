@@ -13,7 +13,7 @@ from saccade.core.keymap import Dropped, KeyMap, Rule, within
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.block import Block
 from saccade.parts.convolution import conv_norm, depthwise
-from saccade.parts.head import Head
+from saccade.parts.head import head_on
 from saccade.parts.mlp import Gelu, LocalMlp
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
@@ -29,11 +29,6 @@ class Stem(ConvStem):
         layers = [layer for step, sizes in enumerate(zip(widths, widths[1:], strict=False))
                   for layer in (*conv_norm(rank, sizes[0], sizes[1], stride=2 - step % 2, bias=True), Gelu())]
         super().__init__(*layers[:-1])
-
-
-def head_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> Head:
-    """A head on the projected map, whatever the width `dim` of the last stage."""
-    return Head(width, num_classes, global_pool)
 
 
 def rmt_pyramid(
