@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class SpatialFc(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.grid = site.grid
-        tokens = torch.Size(site.grid).numel()
+        tokens = prod(site.grid)
         self.weight = nn.Parameter(torch.empty(tokens, tokens))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
@@ -53,7 +55,7 @@ class SpatialFc(nn.Module):
     def _at(weight: Tensor, native: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
         columns = resample(weight.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]  # (N', N_native)
         rows = resample(columns.T.unflatten(0, native)[None], grid).flatten(1, -2)[0]
-        return rows * (torch.Size(native).numel() / torch.Size(grid).numel())
+        return rows * (prod(native) / prod(grid))
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:
         """The weight of a square grid of another side, for this grid."""
@@ -61,7 +63,7 @@ class SpatialFc(nn.Module):
         return self._at(value, (side,) * len(self.grid), self.grid)
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        return torch.Size(grid).numel() ** 2 * site.dim
+        return prod(grid) ** 2 * site.dim
 
     def reach(self, site: Site) -> None:
         return None
