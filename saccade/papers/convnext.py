@@ -50,7 +50,9 @@ CARD = Card(
     macs={"convnext_tiny": 4.5e9, "convnext_small": 8.7e9, "convnext_base": 15.4e9, "convnext_large": 34.4e9,
           "convnext_xlarge": 60.9e9, "convnext_isotropic_small": 4.3e9, "convnext_isotropic_base": 16.9e9,
           "convnext_isotropic_large": 59.7e9},
+    # The extra-large model was trained on ImageNet-22K first.
     top1={"convnext_tiny": 82.1, "convnext_small": 83.1, "convnext_base": 83.8, "convnext_large": 84.3,
+          "convnext_xlarge": 87.0,
           "convnext_isotropic_small": 79.7, "convnext_isotropic_base": 82.0, "convnext_isotropic_large": 82.6},
     weights={
         name: Weights(f"{_ADDRESS}{file}", licence="MIT")
@@ -59,7 +61,13 @@ CARD = Card(
             "convnext_small": "convnext_small_1k_224_ema.pth",
             "convnext_base": "convnext_base_1k_224_ema.pth",
             "convnext_large": "convnext_large_1k_224_ema.pth",
+            "convnext_isotropic_small": "convnext_iso_small_1k_224_ema.pth",
+            "convnext_isotropic_base": "convnext_iso_base_1k_224_ema.pth",
+            "convnext_isotropic_large": "convnext_iso_large_1k_224_ema.pth",
         }.items()
+    } | {
+        "convnext_xlarge": Weights(f"{_ADDRESS}convnext_xlarge_22k_1k_224_ema.pth", data="ImageNet-22K, ImageNet-1K",
+                                   licence="MIT"),
     },
     goldens=("convnext_tiny", "op_convnext_block"),
 )

@@ -35,6 +35,8 @@ from saccade.parts.stem import PatchEmbed
 
 _ADDRESS = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
 _PUBLISHED = ("poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48")
+_ABLATED = ("metaformer_id_s12", "metaformer_pppa_s12", "metaformer_ppaa_s12", "metaformer_pppf_s12",
+            "metaformer_ppff_s12")
 
 CARD = Card(
     "MetaFormer Is Actually What You Need for Vision",
@@ -48,9 +50,12 @@ CARD = Card(
     keywords="PoolFormer, average pooling as token mixer, identity mixer, spatial fully connected",
     kinds=("backbone", "mixer"),
     mixers={"pooling": "Pooling", "spatial_fc": "SpatialFc", "identity": "Identity"},
-    params=dict(zip(_PUBLISHED, (11.9e6, 21.4e6, 30.8e6, 56.2e6, 73.5e6))),
-    macs=dict(zip(_PUBLISHED, (1.8e9, 3.4e9, 5.0e9, 8.8e9, 11.6e9))),
-    top1=dict(zip(_PUBLISHED, (77.2, 80.3, 81.4, 82.1, 82.5))),
+    params=dict(zip((*_PUBLISHED, *_ABLATED),
+                    (11.9e6, 21.4e6, 30.8e6, 56.2e6, 73.5e6, 11.9e6, 14.0e6, 16.5e6, 11.9e6, 12.2e6), strict=True)),
+    macs=dict(zip((*_PUBLISHED, *_ABLATED),
+                  (1.8e9, 3.4e9, 5.0e9, 8.8e9, 11.6e9, 1.8e9, 1.9e9, 2.5e9, 1.8e9, 1.9e9), strict=True)),
+    top1=dict(zip(_PUBLISHED, (77.2, 80.3, 81.4, 82.1, 82.5), strict=True))
+    | {"metaformer_id_s12": 74.3, "metaformer_ppaa_s12": 81.0},
     aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12"
              for letters in ("pppa", "ppaa", "pppf", "ppff")},
     weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},

@@ -34,7 +34,10 @@ from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 from saccade.parts.window import WindowAttention
 
-_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/"
+_LAYOUTS = {"tiny": "tiny_patch4_window7_224", "small": "small_patch4_window7_224", "base": "base_patch4_window7_224",
+            "large": "large_patch4_window7_224", "base_384": "base_patch4_window12_384",
+            "large_384": "large_patch4_window12_384"}
 
 CARD = Card(
     "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
@@ -49,21 +52,27 @@ CARD = Card(
     keywords="shifted window attention, relative position bias, hierarchical vision transformer, patch merging",
     kinds=("backbone", "mixer"),
     mixers={"shifted_window": "ShiftedWindow"},
-    params={"swin_tiny": 28.3e6, "swin_small": 49.6e6, "swin_base": 87.8e6, "swin_large": 196.5e6},
-    macs={"swin_tiny": 4.5e9, "swin_small": 8.7e9, "swin_base": 15.4e9, "swin_large": 34.5e9},
-    top1={"swin_tiny": 81.2, "swin_small": 83.2, "swin_base": 83.5},
+    params={"swin_tiny": 28.3e6, "swin_small": 49.6e6, "swin_base": 87.8e6, "swin_large": 196.5e6,
+            "swin_base_384": 88e6, "swin_large_384": 197e6, "swin_tiny_c24": 28e6},
+    macs={"swin_tiny": 4.5e9, "swin_small": 8.7e9, "swin_base": 15.4e9, "swin_large": 34.5e9,
+          "swin_base_384": 47.1e9, "swin_large_384": 103.9e9, "swin_tiny_c24": 5.9e9},
+    # The large models were trained on ImageNet-22K first.
+    top1={"swin_tiny": 81.2, "swin_small": 83.2, "swin_base": 83.5, "swin_large": 86.3, "swin_base_384": 84.5,
+          "swin_large_384": 87.3, "swin_tiny_c24": 81.6},
     aliases={
-        "swin_tiny_patch4_window7_224": "swin_tiny",
-        "swin_small_patch4_window7_224": "swin_small",
-        "swin_base_patch4_window7_224": "swin_base",
-        "swin_large_patch4_window7_224": "swin_large",
-        "swin_base_patch4_window12_384": "swin_base_384",
-        "swin_large_patch4_window12_384": "swin_large_384",
+        **{f"swin_{layout}{data}": f"swin_{size}{data}" for size, layout in _LAYOUTS.items() for data in ("", "_22k")},
+        "swin_tiny_c24_patch4_window8_256": "swin_tiny_c24",
     },
     weights={
-        "swin_tiny": Weights(_ADDRESS + "swin_tiny_patch4_window7_224.pth", licence="MIT"),
-        "swin_small": Weights(_ADDRESS + "swin_small_patch4_window7_224.pth", licence="MIT"),
-        "swin_base": Weights(_ADDRESS + "swin_base_patch4_window7_224.pth", licence="MIT"),
+        **{f"swin_{size}": Weights(f"{_ADDRESS}v1.0.0/swin_{_LAYOUTS[size]}.pth", licence="MIT")
+           for size in ("tiny", "small", "base", "base_384")},
+        **{f"swin_{size}": Weights(f"{_ADDRESS}v1.0.0/swin_{_LAYOUTS[size]}_22kto1k.pth",
+                                   data="ImageNet-22K, ImageNet-1K", licence="MIT")
+           for size in ("large", "large_384")},
+        **{f"swin_{size}_22k": Weights(f"{_ADDRESS}{'v1.0.8' if size in ('tiny', 'small') else 'v1.0.0'}/"
+                                       f"swin_{layout}_22k.pth", data="ImageNet-22K", licence="MIT")
+           for size, layout in _LAYOUTS.items()},
+        "swin_tiny_c24": Weights(f"{_ADDRESS}v1.0.5/swin_tiny_c24_patch4_window8_256.pth", licence="MIT"),
     },
     goldens=("swin_tiny", "op_swin_block_shifted", "op_swin_patch_merging", "op_swin_window_attention"),
 )
@@ -126,8 +135,10 @@ SIZES: dict[str, dict[str, Any]] = {
 SIZES |= {
     "swin_base_384": SIZES["swin_base"] | dict(window=12, img_size=384),
     "swin_large_384": SIZES["swin_large"] | dict(window=12, img_size=384),
+    "swin_tiny_c24": SIZES["swin_tiny"] | dict(heads=(4, 8, 16, 32), window=8, img_size=256),
     "swin_nano": dict(dims=(32, 64, 128), depths=(1, 2, 2), heads=(1, 2, 4), window=4, patch=2, img_size=32),
 }
+SIZES |= {f"swin_{size}_22k": SIZES[f"swin_{size}"] | dict(num_classes=21841) for size in _LAYOUTS}
 
 
 def swin(

@@ -37,15 +37,33 @@ CARD = Card(
     keywords="plain vision transformer, global multi-head self-attention, class token, distillation token",
     kinds=("backbone", "mixer"),
     mixers={"attention": "Attention"},
-    params={"deit_tiny_patch16_224": 5.7e6, "deit_small_patch16_224": 22.1e6, "deit_base_patch16_224": 86.6e6},
+    params={"deit_tiny_patch16_224": 5.7e6, "deit_small_patch16_224": 22.1e6, "deit_base_patch16_224": 86.6e6,
+            "deit_tiny_distilled_patch16_224": 6e6, "deit_small_distilled_patch16_224": 22e6,
+            "deit_base_distilled_patch16_224": 87e6, "deit_base_patch16_384": 87e6,
+            "deit_base_distilled_patch16_384": 88e6, "vit_base_patch16_224": 86e6, "vit_large_patch16_224": 307e6,
+            "vit_huge_patch14_224": 632e6},
     macs={"deit_tiny_patch16_224": 1.26e9, "deit_small_patch16_224": 4.6e9, "deit_base_patch16_224": 17.6e9},
-    top1={"deit_tiny_patch16_224": 72.2, "deit_small_patch16_224": 79.9, "deit_base_patch16_224": 81.8},
+    # ViTs were trained on ImageNet-21K first.
+    top1={"deit_tiny_patch16_224": 72.2, "deit_small_patch16_224": 79.9, "deit_base_patch16_224": 81.8,
+          "deit_tiny_distilled_patch16_224": 74.5, "deit_small_distilled_patch16_224": 81.2,
+          "deit_base_distilled_patch16_224": 83.4, "deit_base_patch16_384": 82.9,
+          "deit_base_distilled_patch16_384": 85.2, "vit_base_patch16_224": 81.2, "vit_large_patch16_224": 82.7,
+          "vit_base_patch16_384": 84.6, "vit_base_patch32_384": 81.8, "vit_large_patch16_384": 85.1,
+          "vit_large_patch32_384": 81.8},
     aliases={"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224",
              "deit_base": "deit_base_patch16_224"},
     weights={
-        "deit_tiny_patch16_224": Weights(_ADDRESS + "deit_tiny_patch16_224-a1311bcf.pth", licence="Apache-2.0"),
-        "deit_small_patch16_224": Weights(_ADDRESS + "deit_small_patch16_224-cd65a155.pth", licence="Apache-2.0"),
-        "deit_base_patch16_224": Weights(_ADDRESS + "deit_base_patch16_224-b5f2ef4d.pth", licence="Apache-2.0"),
+        name: Weights(f"{_ADDRESS}{name}-{check}.pth", licence="Apache-2.0")
+        for name, check in {
+            "deit_tiny_patch16_224": "a1311bcf",
+            "deit_small_patch16_224": "cd65a155",
+            "deit_base_patch16_224": "b5f2ef4d",
+            "deit_tiny_distilled_patch16_224": "b40b3cf7",
+            "deit_small_distilled_patch16_224": "649709d9",
+            "deit_base_distilled_patch16_224": "df68dfff",
+            "deit_base_patch16_384": "8de9b5d1",
+            "deit_base_distilled_patch16_384": "d0272ac0",
+        }.items()
     },
     tests=("tests/papers/test_vit.py",),
 )
