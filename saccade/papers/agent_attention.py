@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.build import create_model, hybrid_mixer, mixer_factory
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, Rule, pvt_names, within
 from saccade.core.load import key_maps
@@ -70,6 +70,15 @@ CARD = Card(
                                9.2e9, 10.4e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (74.9, 80.5, 82.0, 83.1, 82.6, 83.7, 84.0, 84.1, 84.9, 78.4, 82.2, 83.4, 83.8, 83.7),
                   strict=True)),
+    weights={name: Weights(f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1")
+             for name, share in (
+                 ("agent_deit_t", "57e0904221824ee7b7af"), ("agent_deit_s", "fdd43304372541db8ea7"),
+                 ("agent_deit_s_448", "a228f86241c445f1969b"), ("agent_deit_b", "5115f15fdd7e4ab58fbc"),
+                 ("agent_pvt_t", "13fdf0e0a7c5498c934f"), ("agent_pvt_s", "36b8be9a8863456685a3"),
+                 ("agent_pvt_m", "4d00ecacf18b45f9b88c"), ("agent_pvt_m_256", "654df734121643b19c52"),
+                 ("agent_pvt_l", "040cfe0cfbbe4762ad09"), ("agent_swin_t", "a2ddc1190c224f768a41"),
+                 ("agent_swin_s", "f607172c9fea4d6e99bb"), ("agent_swin_s_288", "09760394e93b4046a25e"),
+                 ("agent_swin_b", "4fcd2d0114bb490483c3"), ("agent_swin_b_384", "bb84ee9058954706a557"))},
     goldens=("agent_deit_t", "agent_pvt_t", "agent_swin_t", "op_agent_attention", "op_agent_attention_cls",
              "op_agent_attention_pvt"),
     tests=("tests/papers/test_agent_attention.py",),
@@ -300,12 +309,8 @@ def agent_deit(host: str, pool: int = 7, blocks: int = 12, mixer: Any = None, **
 
 
 def agent_swin(
-    host: str,
-    pools: Sequence[int | None] = (3, 4, None, None),
-    window: int | None = None,
-    plain: int = 7,
-    mixer: Any = None,
-    **common: Any,
+    host: str, pools: Sequence[int | None] = (3, 4, None, None), window: int | None = None, plain: int = 7,
+    mixer: Any = None, **common: Any,
 ) -> Backbone:
     """A Swin with agents in the stages that have a pool, over the grid or in windows; `plain` windows elsewhere."""
 
@@ -319,13 +324,8 @@ def agent_swin(
 
 
 def agent_pvt(
-    dims: Sequence[int],
-    depths: Sequence[int],
-    heads: Sequence[int] = (1, 2, 5, 8),
-    ratios: Sequence[float] = (8, 8, 4, 4),
-    pools: Sequence[int] = (3, 4, 7, 7),
-    patch: int = 4,
-    mixer: Any = None,
+    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int] = (1, 2, 5, 8),
+    ratios: Sequence[float] = (8, 8, 4, 4), pools: Sequence[int] = (3, 4, 7, 7), patch: int = 4, mixer: Any = None,
     **common: Any,
 ) -> Pyramid:
     """A PVT with agents in every block and without a class token."""

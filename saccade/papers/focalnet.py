@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import note
 from saccade.core.site import Site
@@ -31,6 +31,8 @@ from saccade.parts.convolution import depthwise, grid_conv
 from saccade.parts.mlp import Gelu
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
+
+_ADDRESS = "https://projects4jw.blob.core.windows.net/focalnet/release/classification/"
 
 CARD = Card(
     "Focal Modulation Networks",
@@ -53,6 +55,10 @@ CARD = Card(
     top1={"focalnet_tiny_srf": 82.1, "focalnet_tiny_lrf": 82.3, "focalnet_small_srf": 83.4,
           "focalnet_small_lrf": 83.5, "focalnet_base_srf": 83.7, "focalnet_base_lrf": 83.9,
           "focalnet_tiny_iso_16": 74.1, "focalnet_small_iso_16": 80.9, "focalnet_base_iso_16": 82.4},
+    weights={name: Weights(f"{_ADDRESS}{name}.pth")
+             for name in ("focalnet_tiny_srf", "focalnet_tiny_lrf", "focalnet_small_srf", "focalnet_small_lrf",
+                          "focalnet_base_srf", "focalnet_base_lrf", "focalnet_tiny_iso_16", "focalnet_small_iso_16",
+                          "focalnet_base_iso_16")},
     goldens=("focalnet_tiny_srf", "op_focal_modulation", "op_focal_modulation_postln"),
 )
 

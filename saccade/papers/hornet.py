@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.ops.spectral import global_filter, resample_spectrum, spectrum_size
@@ -52,6 +52,11 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (22e6, 23e6, 50e6, 50e6, 87e6, 88e6, 195e6, 196e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (4.0e9, 3.9e9, 8.8e9, 8.7e9, 15.6e9, 15.5e9, 34.8e9, 34.7e9), strict=True)),
     top1=dict(zip(_PUBLISHED[:6], (82.8, 83.0, 83.8, 84.0, 84.2, 84.3), strict=True)),
+    weights={name: Weights(f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1")
+             for name, share in (
+                 ("hornet_tiny_7x7", "762f05c3c8cd4743b534"), ("hornet_tiny_gf", "395dd6c443ed4a339739"),
+                 ("hornet_small_7x7", "9d7043023da14e4b8b2e"), ("hornet_small_gf", "19eef725b2e64692b8b0"),
+                 ("hornet_base_7x7", "836ab04898c646c389ce"), ("hornet_base_gf", "60f706e36f6b4098a1f9"))},
     goldens=("hornet_tiny_7x7", "hornet_tiny_gf", "op_gnconv", "op_gnconv_gf", "op_global_local_filter"),
 )
 

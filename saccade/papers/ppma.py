@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, Rule
 from saccade.core.record import note
@@ -56,6 +56,11 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (14e6, 27e6, 54e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (2.7e9, 4.9e9, 10.6e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (82.6, 84.2, 85.0), strict=True)),
+    weights={
+        f"ppma_{size.lower()}": Weights("https://huggingface.co/ZhongchenZhao/PPMA/resolve/main/checkpoints/"
+                                        f"classification/PPMA_{size}_{run}/best.pth")
+        for size, run in (("T", "202502251000"), ("S", "202504021000"), ("B", "202504101400"))
+    },
     goldens=("ppma_t", "op_ppma_decomposed", "op_ppma_full", "op_ppma_path_mask"),
 )
 

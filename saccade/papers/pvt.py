@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pvt_names, within, without_first_axis
 from saccade.core.site import Site
 from saccade.parts.block import LAYER_NORM, Block
@@ -54,6 +54,8 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (13.2e6, 24.5e6, 44.2e6, 61.4e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (1.9e9, 3.8e9, 6.7e9, 9.8e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (75.1, 79.8, 81.2, 81.7), strict=True)),
+    weights={name: Weights(f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth", licence="Apache-2.0")
+             for name in ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large")},
     goldens=("pvt_tiny", "op_pvt_spatial_reduction_attention", "op_pvt_spatial_reduction_attention_odd"),
 )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pointwise, pvt_names, within
 from saccade.core.site import Site
 from saccade.ops.pooling import adaptive_mean
@@ -47,6 +47,9 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (3.7e6, 14.0e6, 25.4e6, 45.2e6, 62.6e6, 82.0e6, 22.6e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (0.6e9, 2.1e9, 4.0e9, 6.9e9, 10.1e9, 11.8e9, 3.9e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (70.5, 78.7, 82.0, 83.1, 83.6, 83.8, 82.1), strict=True)),
+    weights={name: Weights(f"https://github.com/whai362/PVT/releases/download/v2/{name}.pth", licence="Apache-2.0")
+             for name in ("pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5",
+                          "pvt_v2_b2_li")},
     goldens=("pvt_v2_b0", "op_pvt_v2_linear_attention"),
 )
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
@@ -54,6 +54,8 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED, (0.241e9, 0.366e9, 0.601e9, 0.986e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (72.8, 75.2, 77.4, 79.4), strict=True)),
     aliases={f"{name}_fused": name for name in _PUBLISHED},  # the golden that also holds the deployed form's output
+    weights={name: Weights(f"https://github.com/ysj9909/SHViT/releases/download/v1.0/{name}.pth")
+             for name in ("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4")},
     goldens=("shvit_s1", "shvit_s2_fused", "op_single_head_attention"),
     tests=("tests/papers/test_shvit.py",),
 )

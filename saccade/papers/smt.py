@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pvt_names, within
 from saccade.core.site import Site
@@ -39,6 +39,8 @@ from saccade.parts.tokens import global_tokens
 
 _PUBLISHED = ("smt_t", "smt_s", "smt_b", "smt_l")
 
+_ADDRESS = "https://github.com/AFeng-x/SMT/releases/download/v1.0.0/"
+
 CARD = Card(
     "Scale-Aware Modulation Meet Transformer",
     authors="Lin, Wu, Chen, Huang, Jin",
@@ -54,6 +56,12 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (11.5e6, 20.5e6, 32.0e6, 80.5e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (2.4e9, 4.7e9, 7.7e9, 17.7e9), strict=True)),
     top1=dict(zip(_PUBLISHED[:3], (82.2, 83.7, 84.3), strict=True)),
+    weights={
+        "smt_t": Weights(_ADDRESS + "smt_tiny.pth"),
+        "smt_s": Weights(_ADDRESS + "smt_small.pth"),
+        "smt_b": Weights(_ADDRESS + "smt_base.pth"),
+        "smt_l": Weights(_ADDRESS + "smt_large_22k_224_ft.pth", data="ImageNet-22K, ImageNet-1K"),
+    },
     goldens=("smt_t", "op_scale_aware_modulation", "op_smt_attention"),
 )
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pvt_names, within
 from saccade.core.site import Site
 from saccade.parts.aggregated import NAMES, AggregatedAttention, CosineAttention
@@ -50,6 +50,14 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (12.8e6, 28.2e6, 49.7e6, 89.7e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (2.7e9, 5.7e9, 10.3e9, 18.4e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (82.5, 84.0, 84.7, 84.8), strict=True)),
+    weights={
+        f"transnext_{size}": Weights(
+            f"https://huggingface.co/DaiShiResearch/transnext-{size}-224-1k/resolve/main/transnext_{size}_224_1k.pth")
+        for size in ("micro", "tiny", "small", "base")
+    } | {
+        "transnext_micro_aaaa": Weights("https://huggingface.co/DaiShiResearch/transnext-micro-AAAA-256-1k/resolve/main/"
+                                        "transnext_micro_AAAA_256_1k.pth"),
+    },
     goldens=("transnext_micro", "op_transnext_aggregated_attention", "op_transnext_aggregated_attention_nonsquare",
              "op_transnext_aggregated_attention_pretrain"),
 )

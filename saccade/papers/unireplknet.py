@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
@@ -39,6 +39,9 @@ from saccade.parts.squeeze import SqueezeExcite
 from saccade.parts.stem import ConvStem
 
 _PUBLISHED = tuple(f"unireplknet_{size}" for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl"))
+
+_ADDRESS = "https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_"
+_FINETUNED = "ImageNet-22K, ImageNet-1K"
 
 CARD = Card(
     "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series and Image "
@@ -58,6 +61,17 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED[:6], (0.6e9, 0.9e9, 1.6e9, 2.8e9, 4.9e9, 9.1e9), strict=True)),
     top1=dict(zip(_PUBLISHED[:6], (77.0, 78.6, 80.2, 81.6, 83.2, 83.9), strict=True)),
     aliases={f"{name}_deploy": name for name in _PUBLISHED},  # the golden that also holds the deployed form's output
+    weights={
+        "unireplknet_a": Weights(_ADDRESS + "a_in1k_224_acc77.03.pth"),
+        "unireplknet_f": Weights(_ADDRESS + "f_in1k_224_acc78.58.pth"),
+        "unireplknet_p": Weights(_ADDRESS + "p_in1k_224_acc80.23.pth"),
+        "unireplknet_n": Weights(_ADDRESS + "n_in1k_224_acc81.64.pth"),
+        "unireplknet_t": Weights(_ADDRESS + "t_in1k_224_acc83.21.pth"),
+        "unireplknet_s": Weights(_ADDRESS + "s_in1k_224_acc83.91.pth"),
+        "unireplknet_b": Weights(_ADDRESS + "b_in22k_to_in1k_384_acc87.40.pth", data=_FINETUNED),
+        "unireplknet_l": Weights(_ADDRESS + "l_in22k_to_in1k_384_acc87.88.pth", data=_FINETUNED),
+        "unireplknet_xl": Weights(_ADDRESS + "xl_in22k_to_in1k_384_acc87.96.pth", data=_FINETUNED),
+    },
     goldens=("unireplknet_a", "unireplknet_a_deploy", "op_dilated_reparam_k13", "op_dilated_reparam_k7",
              "op_unireplknet_block_k13"),
     tests=("tests/papers/test_unireplknet.py",),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pvt_names, within
 from saccade.core.site import Site
 from saccade.parts.block import LAYER_NORM, Block
@@ -31,6 +31,8 @@ from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 
 _PUBLISHED = tuple(f"van_b{number}" for number in range(7))
+
+_ADDRESS = "https://huggingface.co/Visual-Attention-Network/VAN-"
 
 CARD = Card(
     "Visual Attention Network",
@@ -47,6 +49,12 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (4.1e6, 13.9e6, 26.6e6, 44.8e6, 60.3e6, 90.0e6, 200e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (0.88e9, 2.5e9, 5.0e9, 9.0e9, 12.2e9, 17.2e9, 38.4e9), strict=True)),
     top1={"van_b0": 75.4, "van_b1": 81.1, "van_b2": 82.8, "van_b3": 83.9, "van_b4": 84.2},
+    weights={
+        "van_b0": Weights(_ADDRESS + "Tiny-original/resolve/main/van_tiny_754.pth.tar"),
+        "van_b1": Weights(_ADDRESS + "Small-original/resolve/main/van_small_811.pth.tar"),
+        "van_b2": Weights(_ADDRESS + "Base-original/resolve/main/van_base_828.pth.tar"),
+        "van_b3": Weights(_ADDRESS + "Large-original/resolve/main/van_large_839.pth.tar"),
+    },
     goldens=("van_b0", "op_lka", "op_van_attention"),
 )
 
