@@ -18,6 +18,7 @@ from saccade.core.index import index, resolve_model
 from saccade.core.load import load
 from saccade.core.optional import optional
 from saccade.tools.measure import count_macs, peak_memory, race, summary
+from saccade.tools.roofline import floor, rates, yardsticks
 
 timm = optional("timm", extra="train")
 
@@ -34,7 +35,8 @@ def bench(
     rounds: int = 15,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a model and batch size: time of a forward, images a second, memory, parameters, multiply-adds.
+    """One row a model and batch size: time of a forward, images a second, memory, parameters, multiply-adds, and the
+    floor: the least seconds that its arithmetic and bytes take on this machine (`tools.roofline`).
 
     The models of a batch size take turns, round by round; with `against="timm"` each takes turns with timm's model of
     the same name and the same weights instead, and its row says the ratios ours / theirs: of time, the median of the
@@ -60,7 +62,7 @@ def bench(
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `bench` as a table for the terminal."""
     raced = any("other" in row for row in rows)
-    shown = Table(*("model", "batch", "ms", "images/s", "peak MB", "params M", "GMACs/image"))
+    shown = Table(*("model", "batch", "ms", "images/s", "peak MB", "params M", "GMACs/image", "floor ms"))
     for column in shown.columns[1:]:
         column.justify = "right"
     if raced:
@@ -70,6 +72,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         cells = [
             row["model"], str(row["batch"]), f"{row['p50'] * 1e3:.1f}", f"{row['throughput']:.1f}",
             f"{row['peak_memory'] / 1e6:.1f}", f"{row['params'] / 1e6:.2f}", f"{row['macs'] / row['batch'] / 1e9:.3f}",
+            f"{row['floor'] * 1e3:.1f}",
         ]
         if raced:
             cells += [f"{row['other_p50'] * 1e3:.1f}", f"{row['ratio']:.2f}", f"{row['memory_ratio']:.2f}"]
@@ -123,12 +126,13 @@ def _rows(
     note: str,
 ) -> Iterator[dict[str, Any]]:
     forwards: dict[str, Callable[[], Any]] = {name: partial(model, images) for name, model in models.items()}
-    seconds = race(forwards, rounds=rounds, progress=progress)
+    seconds = race(forwards | yardsticks(), rounds=rounds, progress=progress)
     peaks = {name: peak_memory(forward) for name, forward in forwards.items()}
     for name in names:
         row: dict[str, Any] = {"model": name, "batch": len(images)} | summary(seconds[name])
         row |= {"throughput": len(images) / row["p50"], "peak_memory": peaks[name], "params": _params(models[name]),
-                "macs": count_macs(models[name], (images,)), "note": note}
+                "macs": count_macs(models[name], (images,)), "note": note,
+                "floor": floor(models[name], (images,), rates(seconds))}
         for other in models.keys() - set(names):
             row |= {"other": other, "other_p50": summary(seconds[other])["p50"], "other_peak_memory": peaks[other]}
             row["ratio"] = median(ours / theirs for ours, theirs in zip(seconds[name], seconds[other], strict=True))

@@ -29,14 +29,14 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     where its operators allow that, which is quick whatever its size, else for real.
     """
     try:
-        return _counted(_without_data(model), tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
+        return _counted(without_data(model), tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
     except Exception:  # what needs values (nonzero, item, numpy) fails, each in its own way; a true error comes again
         return _counted(copy.deepcopy(model), inputs)
 
 
 def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Multiply-adds of a forward with each token mixer at its declared cost instead of what its fast path executes."""
-    meta = _without_data(model)
+    meta = without_data(model)
     names = [name.removesuffix("mixer").removesuffix(".") for name, module in meta.named_modules()
              if name.endswith("mixer") and hasattr(module, "cost")]
     blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): meta.get_submodule(name) for name in names}
@@ -64,7 +64,7 @@ def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     return total
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device, made without copying its data."""
     known: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     known |= {id(weight): nn.Parameter(weight.to("meta"), weight.requires_grad) for weight in model.parameters()}

@@ -21,6 +21,7 @@ def test_rows_of_models_that_take_turns() -> None:
     ]
     for row in rows:
         assert row["throughput"] == pytest.approx(row["batch"] / row["p50"]) and 0 < row["p50"] <= row["p95"]
+        assert 0 < row["floor"] < row["p95"]
         assert row["params"] > 10_000 and row["peak_memory"] > 10_000 and "ratio" not in row
     assert rows[1]["macs"] == 2 * rows[0]["macs"] > 0 and rows[1]["params"] == rows[0]["params"]
     assert said[-1] == ("swin_nano, convnext_nano, batch 2", 3, 3) and len(said) == 6
@@ -39,14 +40,14 @@ def test_row_beside_timm_with_the_same_weights() -> None:
 
 def test_the_table_says_each_row_and_what_to_note() -> None:
     row = {"model": "a", "batch": 8, "p50": 0.5, "throughput": 16.0, "peak_memory": 3e6, "params": 2e6, "macs": 8e9,
-           "note": "weights differ"}
+           "floor": 0.125, "note": "weights differ"}
     raced = row | {"batch": 1, "other": "timm:b", "other_p50": 1.0, "ratio": 0.5, "memory_ratio": 0.25}
     console = Console(width=160)
     with console.capture() as shown:
         console.print(table([raced]))
-    for text in ("500.0", "16.0", "3.0", "2.00", "8.000", "1000.0", "0.50", "0.25", "a: weights differ"):
+    for text in ("500.0", "16.0", "3.0", "2.00", "8.000", "125.0", "1000.0", "0.50", "0.25", "a: weights differ"):
         assert text in shown.get()
-    assert len(table([row]).columns) == 7
+    assert len(table([row]).columns) == 8
 
 
 def test_timm_names() -> None:

@@ -1,0 +1,91 @@
+"""Every family's smallest published model beside the least time that its arithmetic and bytes take.
+
+    python -m benchmarks.floors [MODEL ...]
+
+One process, one thread, batch 1 at the published size, medians. A full run writes its section of RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from functools import partial
+from statistics import geometric_mean, median
+from typing import Any
+
+import torch
+
+from benchmarks.results import write_section
+from saccade import create_model, list_models
+from saccade.core.index import index, paper_module
+from saccade.tools.measure import count_macs, peak_memory, race
+from saccade.tools.roofline import floor, rates, yardsticks
+
+Row = dict[str, Any]
+
+
+def smallest(paper: str) -> str | None:
+    """The published model of a paper with the fewest parameters."""
+    known = index()["models"]
+    sizes = {name: params(name) for name in list_models() if known[name] == paper and "nano" not in name}
+    return min(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def params(name: str) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in create_model(name).parameters())
+
+
+def measure(name: str, rounds: int) -> Row:
+    settings = paper_module(index()["models"][name]).SIZES[name]
+    size = settings.get("img_size", 224)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    model, image = create_model(name).eval(), torch.randn(1, settings.get("in_chans", 3), *sides)
+    forward = partial(model, image)
+    seconds = race({name: forward} | yardsticks(), rounds=rounds)
+    row: Row = dict(name=name, size="x".join(map(str, sides)), macs=count_macs(model, (image,)), rates=rates(seconds),
+                    seconds=median(seconds[name]), memory=peak_memory(forward),
+                    floor=floor(model, (image,), rates(seconds)))
+    print(line(row), flush=True)
+    return row
+
+
+def line(row: Row) -> str:
+    return (f"| {row['name']} | {row['size']} | {row['macs'] / 1e9:.2f} | {1e3 * row['seconds']:.1f} | "
+            f"{1 / row['seconds']:.1f} | {row['memory'] / 2**20:.0f} | {1e3 * row['floor']:.1f} | "
+            f"{row['seconds'] / row['floor']:.2f} |")
+
+
+def section(rows: list[Row], rounds: int) -> str:
+    rows = sorted(rows, key=lambda row: -row["seconds"] / row["floor"])
+    mean = geometric_mean(row["seconds"] / row["floor"] for row in rows)
+    macs, copied = (median(row["rates"][which] for row in rows) / 1e9 for which in (0, 1))
+    return "\n".join([
+        "## Backbones beside their floor", "",
+        f"`python -m benchmarks.floors`: {platform.machine()}, one thread, torch {torch.__version__}, float32, batch "
+        f"1, medians of {rounds} rounds, farthest from the floor first. The floor is the longer of the multiply-adds "
+        f"at the rate of a matrix product ({macs:.0f} G/s here) and the bytes that layers with weights read and write "
+        f"at that of a copy ({copied:.0f} GB/s), both measured in the same rounds. Geometric mean of time / floor: "
+        f"{mean:.2f}.", "",
+        "| model | pixels | GMACs | ms | images/s | peak MiB | floor ms | time / floor |",
+        "|---|---|" + "--:|" * 6, *map(line, rows),
+    ])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    papers = sorted(set(index()["models"].values()))
+    names = options.models or [name for name in map(smallest, papers) if name is not None]
+    with torch.inference_mode():
+        rows = [measure(name, options.rounds) for name in names]
+    if not options.models:
+        write_section("floors", section(rows, options.rounds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
