@@ -13,21 +13,21 @@ from saccade.core.record import recording
 from saccade.ops.tables import table
 
 
-def local_scores(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """s[..., o] = q_i . k_{i + o} for the window^n offsets o around i.
+def local_scores(q: Tensor, k: Tensor, window: int, dilation: int = 1) -> Tensor:
+    """s[..., o] = q_i . k_{i + o} for the window^n offsets o around i, `dilation` steps apart.
 
     (B, *grid, h, d) twice -> (B, *grid, h, window^n). Offsets are in row-major order, positions outside the grid count
     as zeros. A matrix product over copied windows, with the same numbers, while `record` watches.
     """
-    shifts = _shifts(k, window)
+    shifts = _shifts(k, window, dilation)
     if recording():
         return (torch.stack(shifts, -2) @ q[..., None]).squeeze(-1)
     return torch.stack([(q * shift).sum(-1) for shift in shifts], -1)
 
 
-def local_sum(weights: Tensor, v: Tensor, window: int) -> Tensor:
+def local_sum(weights: Tensor, v: Tensor, window: int, dilation: int = 1) -> Tensor:
     """out_i = sum_o weights[i, o] v_{i + o}: (B, *grid, h, window^n), (B, *grid, h, d) -> (B, *grid, h, d)."""
-    shifts = _shifts(v, window)
+    shifts = _shifts(v, window, dilation)
     if recording():
         return (weights[..., None, :] @ torch.stack(shifts, -2)).squeeze(-2)
     first, *others = (weight[..., None] for weight in weights.unbind(-1))
@@ -37,12 +37,12 @@ def local_sum(weights: Tensor, v: Tensor, window: int) -> Tensor:
     return out
 
 
-def _shifts(x: Tensor, window: int) -> list[Tensor]:
+def _shifts(x: Tensor, window: int, dilation: int) -> list[Tensor]:
     """The maps x_{i + o}, views of one zero-padded copy of (B, *grid, h, d)."""
     grid = x.shape[1:-2]
-    padded = F.pad(x, [0, 0, 0, 0, *[window // 2] * (2 * len(grid))])
+    padded = F.pad(x, [0, 0, 0, 0, *[window // 2 * dilation] * (2 * len(grid))])
     views = []
-    for offset in product(range(window), repeat=len(grid)):
+    for offset in product(range(0, window * dilation, dilation), repeat=len(grid)):
         view = padded
         for axis, (start, side) in enumerate(zip(offset, grid, strict=True)):
             view = view.narrow(axis + 1, start, side)
@@ -51,8 +51,8 @@ def _shifts(x: Tensor, window: int) -> list[Tensor]:
 
 
 @table
-def neighbour_tokens(grid: tuple[int, ...], window: int, device: torch.device) -> Tensor:
+def neighbour_tokens(grid: tuple[int, ...], window: int, device: torch.device, dilation: int = 1) -> Tensor:
     """(N, window^n) number of the token at each offset around each token; -1 outside the grid."""
     numbers = torch.arange(prod(grid), device=device).view(1, *grid, 1, 1) + 1
-    around = torch.stack(_shifts(numbers, window), -1) - 1
+    around = torch.stack(_shifts(numbers, window, dilation), -1) - 1
     return around.view(prod(grid), window ** len(grid))
