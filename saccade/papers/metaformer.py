@@ -54,8 +54,7 @@ CARD = Card(
                     (11.9e6, 21.4e6, 30.8e6, 56.2e6, 73.5e6, 11.9e6, 14.0e6, 16.5e6, 11.9e6, 12.2e6), strict=True)),
     macs=dict(zip((*_PUBLISHED, *_ABLATED),
                   (1.8e9, 3.4e9, 5.0e9, 8.8e9, 11.6e9, 1.8e9, 1.9e9, 2.5e9, 1.8e9, 1.9e9), strict=True)),
-    top1=dict(zip(_PUBLISHED, (77.2, 80.3, 81.4, 82.1, 82.5), strict=True))
-    | {"metaformer_id_s12": 74.3, "metaformer_ppaa_s12": 81.0},
+    top1=dict(zip((*_PUBLISHED, *_ABLATED), (77.2, 80.3, 81.4, 82.1, 82.5, 74.3, 78.3, 81.0, 77.5, 77.9), strict=True)),
     aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12"
              for letters in ("pppa", "ppaa", "pppf", "ppff")},
     weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},

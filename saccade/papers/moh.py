@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.build import create_model, hybrid_mixer
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, pvt_names, within
@@ -45,9 +45,15 @@ CARD = Card(
     kinds=("backbone", "mixer"),
     mixers={"mixture_of_head": "MixtureOfHead", "aggregated_mixture_of_head": "AggregatedMixtureOfHead"},
     params=dict(zip(_PUBLISHED, (50e6, 50e6, 90e6, 90e6), strict=True)),
-    top1={"moh_vit_b_75": 84.9, "moh_vit_b_50": 84.7},
+    top1=dict(zip(_PUBLISHED, (84.7, 84.6, 84.9, 84.7), strict=True)),
     aliases=dict(zip(("moh_transnext_small_80", "moh_transnext_small_75", "moh_transnext_base_75",
                       "moh_transnext_base_50"), _PUBLISHED, strict=True)),
+    weights={
+        f"moh_vit_{short.lower()}_{share}": Weights(
+            f"https://huggingface.co/Chat-UniVi/MoH-ViT-{short}-{share}/resolve/main/moh_transnext_{size}_{share}.pth",
+            licence="Apache-2.0")
+        for short, size, share in (("S", "small", 80), ("B", "base", 75), ("B", "base", 50))
+    },
     goldens=("moh_vit_s_75", "op_moh_attention", "op_moh_aggregated_attention"),
     tests=("tests/papers/test_moh.py",),
 )
