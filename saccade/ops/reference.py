@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from math import exp, prod
 
@@ -58,4 +59,29 @@ def neighborhood_attention(
         total = sum(weights.values())
         for j, weight in weights.items():
             out[(b, *i, h)] += weight / total * v[(b, *j, h)].double()
+    return out
+
+
+Place = tuple[int, ...]
+
+
+def pattern_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Place,
+    sees: Callable[[Place, Place], bool],
+    bias: Callable[[int, int, Place, Place], float] | None = None,
+) -> Tensor:
+    """`saccade.ops.flex.flex_attend`, pair by pair: q, k, v, out (B, h, N, d), `bias` of image, head and places."""
+    places = list(product(*map(range, grid)))
+    out = torch.zeros(v.shape, dtype=torch.float64)
+    for b, h, (n, i) in product(range(q.shape[0]), range(q.shape[1]), enumerate(places)):
+        weights = {}
+        for m, j in enumerate(places):
+            if sees(i, j):
+                logit = q.shape[-1] ** -0.5 * float(q[b, h, n].double() @ k[b, h, m].double())
+                weights[m] = exp(logit + (bias(b, h, i, j) if bias else 0))
+        for m, weight in weights.items():
+            out[b, h, n] += weight / sum(weights.values()) * v[b, h, m].double()
     return out
