@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.errors import SaccadeError
+from saccade.ops import reference
 from saccade.ops.attend import attend
+from saccade.ops.choice import Case, choose, natten, to_choose
 from saccade.ops.tables import table
 
 GATHER = 27  # a key costs its tile this many query-key pairs (to fetch and to load), measured; it ranks tile sizes
@@ -104,7 +106,8 @@ def neighborhood_attention(
     + k - 1. scale defaults to d^-1/2. Raises SaccadeError where shapes disagree, an axis is under kernel x dilation
     (pad first), or a stride is over its kernel.
 
-    Fast because a tile of near queries fetches the keys around it once and attends to them densely under a mask.
+    Fast because a tile of near queries fetches the keys around it once and attends to them densely under a mask; on a
+    GPU FlexAttention or NATTEN's kernels run where they can (`ops.explain_choice`).
     Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3; Hassani and Shi, Dilated Neighborhood
     Attention Transformer, 2022, section 3; Hassani et al., Faster Neighborhood Attention, 2024 (causal), and its code
     (stride).
@@ -112,6 +115,8 @@ def neighborhood_attention(
     B, *grid, h, d = q.shape
     rank = len(grid)
     windows = _checked(q, k, v, kernel, dilation, stride, causal, bias)
+    if to_choose(q) and (other := _other_path(q, k, v, windows, bias, scale)) is not None:
+        return other
     tiles = _tiles(B, tuple(grid), windows, q.dtype, q.device)
     T, Q, K = tiles.shape
     whole = isinstance(T, int) and T == 1  # one tile holds all tokens in their order: nothing to fetch
@@ -136,6 +141,33 @@ def neighborhood_attention(
     if not whole:
         out = out.reshape(B * T * Q, h, d).index_select(0, tiles.slot)
     return out.reshape(B, *grid, h, d)
+
+
+def _other_path(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[Window, ...], bias: Tensor | None, scale: float | None
+) -> Tensor | None:
+    """The same by a path that is faster here, or preferred; None where that is the tiles."""
+    B, *sides, heads, d = q.shape
+    grid, rank = tuple(sides), len(sides)
+    kernel, dilation, stride, causal = zip(*windows, strict=True)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias) if x is not None)
+    path = choose(Case("neighborhood", q.device.type, q.dtype, grid, heads, d, B, bias is not None, training,
+                       f"kernel {kernel}, dilation {dilation}", kernel)).path
+    if path == "flex":
+        from saccade.ops.flex import flex_kernel  # imports torch's compiler
+        from saccade.ops.pattern import Neighborhood
+
+        q, k, v = (x.flatten(1, rank).transpose(1, 2) for x in (q, k, v))
+        bias = None if bias is None else bias.to(q.dtype)
+        out = flex_kernel(q, k, v, Neighborhood(grid, windows), bias, scale)
+        return out.transpose(1, 2).unflatten(1, grid)
+    if path == "natten":
+        run = (natten.na1d, natten.na2d, natten.na3d)[rank - 1]
+        return run(q, k, v, kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal, scale=scale)
+    if path == "reference":
+        slow = reference.neighborhood_attention
+        return slow(q, k, v, kernel, dilation, bias, stride=stride, causal=causal, scale=scale).to(q)
+    return None
 
 
 def _checked(
