@@ -1,29 +1,37 @@
-"""Neighborhood attention beside its two textbook forms: one process, one thread, alternating, medians, peak memory.
+"""Neighborhood attention beside the ways to compute it without us, in one process, taking turns.
 
-    python benchmarks/neighborhood.py
+    python -m benchmarks.neighborhood [--batch 1] [--sizes 14 28 56] [--rounds 15]
+
+On one thread of the CPU in float32 beside its two textbook forms; then, where there is a GPU, in bfloat16 beside
+attention of all tokens to all, with the floor: the bytes of q, k, v and the output (and in training their gradients),
+each moved once, at the rate of a plain copy.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.results import write_section
+from saccade import SaccadeError
+from saccade.ops import prefer
+from saccade.ops.flex import flex_kernel
 from saccade.ops.neighborhood import neighborhood_attention
+from saccade.ops.pattern import Everywhere
+from saccade.tools.measure import peak_memory, race
 
 HEADS, DIM, WINDOW = 4, 32, 7
 Form = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def tiled(x: Tensor, bias: Tensor | None) -> Tensor:
-    """Ours. x (B, H, W, 3 C), one projection's output; bias (h, 2 k - 1, 2 k - 1)."""
+def ours(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (B, H, W, 3 C), one projection's output; bias (h, 2 k - 1, 2 k - 1)."""
     q, k, v = x.view(*x.shape[:-1], 3, HEADS, DIM).unbind(-3)
     return neighborhood_attention(q, k, v, WINDOW, 1, bias)
 
@@ -68,10 +76,17 @@ class Dense:
         self.index = (shift[:, None, :, None] * (2 * WINDOW - 1) + shift[None, :, None, :]).view(size**2, size**2)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        B, H, W, _ = x.shape
-        q, k, v = x.view(B, H * W, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
         mask = self.mask if bias is None else self.mask + bias.flatten(1)[:, self.index]
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, H, W, HEADS, DIM)
+        return of_grid(F.scaled_dot_product_attention(*heads_first(x), mask), x)
+
+
+def heads_first(x: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v (B, h, N, d) of (B, H, W, 3 C)."""
+    return x.view(x.shape[0], -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4).unbind()
+
+
+def of_grid(out: Tensor, x: Tensor) -> Tensor:
+    return out.transpose(1, 2).reshape(*x.shape[:-1], HEADS, DIM)
 
 
 def step(form: Form, x: Tensor, bias: Tensor | None, train: bool) -> None:
@@ -83,56 +98,95 @@ def step(form: Form, x: Tensor, bias: Tensor | None, train: bool) -> None:
             form(x, bias)
 
 
-def medians(calls: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """Milliseconds of processor time; the calls take turns, so that a busy machine is unfair to all of them alike.
+def on_the_cpu(sizes: Sequence[int], batch: int, rounds: int) -> None:
+    torch.set_num_threads(1)
+    print(f"{HEADS} heads x {DIM}, window {WINDOW}, batch {batch}, float32, one thread; ms, MiB", flush=True)
+    print("grid   bias  pass       ours   unfold    dense | faster than the better | MiB ours unfold dense | of unfold")
+    for size in sizes:
+        forms: dict[str, Form] = {"ours": ours, "unfold": Unfold(size), "dense": Dense(size)}
+        x = torch.randn(batch, size, size, 3 * HEADS * DIM)
+        for bias in (None, torch.randn(HEADS, 2 * WINDOW - 1, 2 * WINDOW - 1)):
+            expected = ours(x, bias)
+            for form in forms.values():
+                torch.testing.assert_close(form(x, bias), expected, rtol=1e-4, atol=1e-5)
+            for train in (False, True):
+                calls = {name: partial(step, form, x, bias, train) for name, form in forms.items()}
+                ms = {name: 1e3 * median(seconds) for name, seconds in race(calls, rounds=rounds).items()}
+                memory = {name: peak_memory(call) / 2**20 for name, call in calls.items()}
+                of_unfold = memory["ours"] / max(memory["unfold"], 0.1)
+                print(
+                    f"{size:>2}x{size:<3} {'no ' if bias is None else 'yes'}   {'train' if train else 'infer'} "
+                    f"{ms['ours']:9.2f}{ms['unfold']:9.1f}{ms['dense']:9.1f} | "
+                    f"{min(ms['unfold'], ms['dense']) / ms['ours']:21.2f}x   | {memory['ours']:8.1f}"
+                    f"{memory['unfold']:7.0f}{memory['dense']:6.0f} | {of_unfold:6.3f}",
+                    flush=True,
+                )
 
-    Each is called once untimed before: none pays for the caches that another emptied.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, seen in zip(calls, times, strict=True):
-            call()
-            begin = time.process_time()
-            call()
-            seen.append(1e3 * (time.process_time() - begin))
-    return [statistics.median(seen) for seen in times]
+
+def by(path: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    with prefer(path):
+        return ours(x, bias)
 
 
-def peak(call: Callable[[], None]) -> float:
-    """MiB of tensors alive at once, above those alive before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes), default=0) / 2**20
+def all_pairs_by_flex(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    q, k, v = heads_first(x)
+    return of_grid(flex_kernel(q, k, v, Everywhere(tuple(x.shape[1:3]))), x)
+
+
+def all_pairs_by_sdpa(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return of_grid(F.scaled_dot_product_attention(*heads_first(x)), x)
+
+
+def copy_rate() -> float:
+    """Bytes a second that a plain copy reads and writes."""
+    source = torch.empty(2**28, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median(race({"copy": partial(target.copy_, source)}, rounds=15)["copy"])
+
+
+def on_the_gpu(size: int = 56, batch: int = 128, rounds: int = 15) -> None:
+    """Write the table of RESULTS.md, on a machine with a GPU."""
+    if not torch.cuda.is_available():
+        print("no GPU here: the table in bfloat16 is not measured")
+        return
+    x = torch.randn(batch, size, size, 3 * HEADS * DIM, device="cuda", dtype=torch.bfloat16)
+    forms: dict[str, Form] = {f"neighborhood, {path}": partial(by, path) for path in ("natten", "flex", "eager")}
+    try:
+        forms["neighborhood, natten"](x[:1], None)
+    except SaccadeError as error:
+        print(error)
+        del forms["neighborhood, natten"]
+    expected = by("eager", x[:2])
+    for form in forms.values():
+        torch.testing.assert_close(form(x[:2], None), expected, rtol=3e-2, atol=3e-2)
+    forms |= {"all pairs, FlexAttention": all_pairs_by_flex, "all pairs, SDPA": all_pairs_by_sdpa}
+    once = x.nbytes / 3 / copy_rate()  # one of q, k, v moved once
+    floors = {"inference": 4 * once, "training": 12 * once}  # back: q, k, v, out, its gradient; three gradients
+    lines = []
+    for kind, floor in floors.items():
+        calls = {name: partial(step, form, x, None, kind == "training") for name, form in forms.items()}
+        for name, seconds in race(calls, rounds=rounds, warmup=4).items():
+            ms, memory = 1e3 * median(seconds), peak_memory(calls[name]) / 2**20
+            lines.append(f"| {kind} | {name} | {ms:.2f} | {ms / (1e3 * floor):.1f} | {memory:.0f} |")
+            print(lines[-1], flush=True)
+    write_section("neighborhood on a GPU", "\n".join([
+        "## Neighborhood attention on a GPU", "",
+        f"`python -m benchmarks.neighborhood`: {torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, "
+        f"{size}x{size} tokens, {HEADS} heads x {DIM}, window {WINDOW}, batch {batch}, medians of {rounds} alternating "
+        f"rounds. The floor moves q, k, v and the output once ({1e3 * floors['inference']:.2f} ms at the rate of a "
+        "copy), in training three times as much. Memory is the peak above the input.", "",
+        "| pass | form | ms | times the floor | MiB |", "|---|---|--:|--:|--:|", *lines,
+    ]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[14, 28, 56])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[14, 28, 56], help="none: the GPU alone")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{HEADS} heads x {DIM}, window {WINDOW}, batch {options.batch}, float32, one thread; ms, MiB")
-    print("grid   bias  pass       ours   unfold    dense | faster than the better | MiB ours unfold dense | of unfold")
-    for size in options.sizes:
-        forms: list[Form] = [tiled, Unfold(size), Dense(size)]
-        x = torch.randn(options.batch, size, size, 3 * HEADS * DIM)
-        for bias in (None, torch.randn(HEADS, 2 * WINDOW - 1, 2 * WINDOW - 1)):
-            outputs = [form(x, bias) for form in forms]
-            for output in outputs[1:]:
-                torch.testing.assert_close(outputs[0], output, rtol=1e-4, atol=1e-5)
-            for train in (False, True):
-                calls = [functools.partial(step, form, x, bias, train) for form in forms]
-                ours, *others = medians(calls, options.repeats)
-                memory = [peak(call) for call in calls]
-                print(
-                    f"{size:>2}x{size:<3} {'no ' if bias is None else 'yes'}   {'train' if train else 'infer'} "
-                    f"{ours:9.2f}{others[0]:9.1f}{others[1]:9.1f} | {min(others) / ours:21.2f}x   | "
-                    f"{memory[0]:8.1f}{memory[1]:7.0f}{memory[2]:6.0f} | {memory[0] / max(memory[1], 0.1):6.3f}",
-                    flush=True,
-                )
+    on_the_cpu(options.sizes, options.batch, options.rounds)
+    on_the_gpu(rounds=options.rounds)
 
 
 if __name__ == "__main__":
