@@ -279,9 +279,6 @@ def medvit_v2(
     Of `periods` blocks of a stage the last is a global one (0: none is). `share` of the channels of a global block
     attend, rounded to a multiple of 32; `reductions` are the R of its runs of R^2 tokens.
     """
-    build = choose_mixer(mixer, lambda site: (
-        RunPooledAttention(site, reductions[site.stage]) if is_global(site) else ScrambledNeighborhood(site)))
-
     def is_global(site: Site) -> bool:
         return periods[site.stage] > 0 and (site.index + 1) % periods[site.stage] == 0
 
@@ -289,8 +286,11 @@ def medvit_v2(
         width = divisible(int(site.dim * share), 32)
         return replace(site, dim=width, heads=max(width // head_dim, 1)) if is_global(site) else site
 
-    def named(site: Site) -> nn.Module:
-        return build(narrow(site), f"stages.{site.stage}.blocks.{site.index}")
+    def own(site: Site) -> nn.Module:
+        return RunPooledAttention(site, reductions[site.stage]) if is_global(site) else ScrambledNeighborhood(site)
+
+    def chosen(site: Site) -> nn.Module:  # the caller's mixer too stands at the narrow site
+        return choose_mixer(mixer, own)(narrow(site), f"stages.{site.stage}.blocks.{site.index}")
 
     def block(site: Site, mixer: nn.Module, drop_path: float) -> nn.Module:
         before, stride = (site.dim, 1) if site.index else ((stem[-1], *dims)[site.stage], 2 if site.stage else 1)
@@ -307,7 +307,7 @@ def medvit_v2(
 
     check_patterns(mixer, [f"stages.{stage}.blocks.{index}" for stage, depth in enumerate(depths)
                            for index in range(depth)])
-    return Pyramid(dims, depths, [max(dim // head_dim, 1) for dim in dims], stem=image, block=block, mixer=named,
+    return Pyramid(dims, depths, [max(dim // head_dim, 1) for dim in dims], stem=image, block=block, mixer=chosen,
                    stride=patch, downsample=lambda rank, dim, out_dim: nn.Identity(), norm=BatchNorm, **common)
 
 
