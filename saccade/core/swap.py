@@ -68,6 +68,7 @@ def swap_own(
 # How softmax attention elsewhere names its projections of queries, keys and values, and the one of its output.
 QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("q", "kv"))
 OUTPUT = ("o_proj", "out_proj", "dense")
+POSITION = "relative_position_bias"  # parameters so named stay behind, as the biases of our own mixers do
 
 
 def keep_template(name: str, old: nn.Module, new: nn.Module) -> None:
@@ -108,6 +109,8 @@ def _projections(name: str, mixer: nn.Module) -> list[dict[str, Tensor]]:
         return [mixer.get_submodule(part).state_dict() for part in mixer.template]  # type: ignore[union-attr]
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in mixer.named_parameters():
+        if POSITION in key:
+            continue
         owner, _, entry = key.replace("in_proj_", "qkv.").rpartition(".")  # nn.MultiheadAttention's
         parts.setdefault(owner.rpartition(".")[2], {})[entry] = value.detach()
     held = sorted(parts)

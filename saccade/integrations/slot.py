@@ -9,7 +9,7 @@ due back; a Slot with the same manners then carries the mixer. What is not under
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from saccade.parts.tokens import join
 Grid = tuple[int, ...]
 MOST_PREFIX = 16  # more are for the caller to say: with many prefix tokens, every smaller grid explains N
 POSITION = ("rope", "pos")  # arguments so named tell where tokens are; the new mixer has its own way of knowing
+# What pre-norm blocks around the attention of windows call their parts, in timm and in transformers.
+WINDOW_BLOCKS = (("norm1", "attn", "norm2", "mlp"), ("layernorm_before", "attention", "layernorm_after", "mlp"))
 
 
 def grids(image: Grid, stride: int) -> tuple[Grid, Grid]:
@@ -59,6 +61,10 @@ class Call(NamedTuple):
 
     shape: tuple[int, ...]
     due: int
+
+
+class SeesWindows(SaccadeError):
+    """A module is given the windows of a map one by one."""
 
 
 class ImageSize:
@@ -106,6 +112,21 @@ class Slot(nn.Module):
         return f"{self.manner.layout}, prefix={self.manner.prefix}, native={self.native}"
 
 
+class AroundWindows(nn.Module):
+    """x += path(mixer(norm(x))); x += path(mlp(norm(x))), with the parts of a block that cuts its map into windows."""
+
+    def __init__(self, block: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        before, _, after, mlp = _window_block(block)
+        self.norm1, self.mixer = block.get_submodule(before), mixer
+        self.norm2, self.mlp = block.get_submodule(after), block.get_submodule(mlp)
+        self.path = getattr(block, "drop_path", getattr(block, "drop_path1", nn.Identity()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.path(self.mixer(self.norm1(x)))
+        return x + self.path(self.mlp(self.norm2(x)))
+
+
 def swap(
     model: nn.Module,
     pattern: str,
@@ -125,8 +146,9 @@ def swap(
     `prefix_mode`: they receive the mean of the mixed map ("mean") or nothing ("none": a class token that only such
     mixers feed learns nothing of the image). `undo()` of the handle restores the very same modules. In a model that is
     not ours, a forward of `example` (B, C, H, W), else of a zero image of the model's own size, is watched; `layout`
-    ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what it teaches. Raises SaccadeError where nothing
-    matches and for what is not understood: windows, masks, changed shapes.
+    ("BNC", "BHWC" or "BCHW") and `prefix` (how many tokens) overrule what it teaches. Where attention is given windows
+    (Swin's), the mixer gets the whole map and its block gives up the windows, keeping norms and MLP. Raises
+    SaccadeError where nothing matches and for what is not understood: masks, changed shapes, windows of other blocks.
     """
     factory = mixer_factory(mixer, **mixer_options) if isinstance(mixer, str) else partial(mixer, **mixer_options)
     if blocks := own_blocks(model, pattern):
@@ -136,8 +158,16 @@ def swap(
     image = _zero_image(model) if example is None else example
     size = tuple(image.shape[2:])
     taller = image.new_zeros(1, image.shape[1], 2 * size[0], *size[1:])
-    calls, entrance = watch(model, names, image)
-    again = _watch_if_allowed(model, names, taller)
+    attention: dict[str, str] = {}  # of a block that gives up its windows
+    try:
+        calls, entrance = watch(model, names, image)
+        again = _watch_if_allowed(model, names, taller)
+    except SeesWindows:
+        attention = {name.rpartition(".")[0]: name for name in names}
+        if not _give_up_windows(model, attention, image):
+            raise
+        calls, entrance = watch(model, list(attention), image)
+        again = _watch_if_allowed(model, list(attention), taller)
     seen, new, stages = ImageSize(), dict[str, nn.Module](), dict[tuple[int, int], int]()
     for name, call in calls.items():
         shapes = {size: call.shape} | ({tuple(taller.shape[2:]): again[name].shape} if again else {})
@@ -147,10 +177,12 @@ def swap(
         stages[place] += 1
         native = manner.grid(call.shape, size)
         assert native is not None  # `learn` has asked
-        old = model.get_submodule(name)
+        old = model.get_submodule(attention.get(name, name))
         built = factory(Site(dim, _heads(old, dim), list(stages).index(place), index, stride, native))
         if keep_weights:
-            keep_template(name, old, built)
+            keep_template(attention.get(name, name), old, built)
+        if name in attention:
+            built = AroundWindows(model.get_submodule(name), built)
         new[name] = Slot(name, beside_prefix(built, manner.prefix, prefix_mode), manner, native, call.due, seen)
     return Handle(model, new, [entrance.register_forward_pre_hook(seen, with_kwargs=True)])
 
@@ -169,6 +201,10 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
 
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if x is not None and x.shape[0] != image.shape[0]:
+                raise SeesWindows(f"{name} cannot be swapped: it sees {x.shape[0]} windows or groups of a batch of "
+                                  f"{image.shape[0]}, a mixer sees whole maps; name the module around it")
             x = the_tensor(name, args, kwargs)
             out, *more = output if isinstance(output, tuple) else (output,)
             call = Call(tuple(x.shape), len(more) + 1 if isinstance(output, tuple) else 0)
@@ -176,9 +212,6 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
                 raise _refused(name, f"it returns {call.due} things, a mixer returns one")
             if not isinstance(out, Tensor) or out.shape != x.shape:
                 raise _refused(name, f"it changes the shape {call.shape}, a mixer keeps it")
-            if x.shape[0] != image.shape[0]:
-                raise _refused(name, f"it sees {x.shape[0]} windows or groups of a batch of {image.shape[0]}, a mixer "
-                                     "sees whole maps; name the module around it")
             if calls.setdefault(name, call) != call:
                 raise _refused(name, f"one forward calls it with {calls[name].shape} and with {call.shape}")
         return hook
@@ -232,6 +265,31 @@ def learn(
         raise _refused(name, f"{'more than one' if fitting else 'no'} layout explains its input, {{image: shape}} = "
                              f"{shapes}, with layout={layout!r}, prefix={prefix!r}: say other ones")
     return min(fitting, key=lambda m: (m.prefix != told, any(side % m.stride for side in image), m.prefix, m.stride))
+
+
+def _window_block(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parts of a block that cuts windows for its attention and holds nothing else that it learns."""
+    parts = {name.partition(".")[0] for name, _ in module.named_parameters()}
+    return next((names for names in WINDOW_BLOCKS if parts == set(names)), ())
+
+
+def _give_up_windows(host: nn.Module, blocks: Iterable[str], image: Tensor) -> bool:
+    """Whether all blocks are of norm, attention, norm and MLP, and call them in this order."""
+    order: dict[str, list[str]] = {block: [] for block in blocks}
+    parts = {block: _window_block(host.get_submodule(block)) for block in order}
+
+    def called(block: str, part: str) -> Callable[..., None]:
+        return lambda module, args, output: order[block].append(part)
+
+    hooks = [host.get_submodule(f"{block}.{part}").register_forward_hook(called(block, part))
+             for block in order for part in parts[block]]
+    try:
+        with torch.no_grad():
+            host(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return all(parts[block] and order[block] == [*parts[block]] for block in order)
 
 
 def _watch_if_allowed(host: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, Call]:
