@@ -15,10 +15,12 @@ from statistics import geometric_mean, median
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.results import write_section
-from saccade import create_model, list_models
+from saccade import SaccadeError, create_model, list_models
 from saccade.core.index import index, paper_module
+from saccade.tools.bench import pair
 from saccade.tools.measure import count_macs, peak_memory, race
 from saccade.tools.roofline import floor, rates, yardsticks
 
@@ -41,20 +43,34 @@ def measure(name: str, rounds: int) -> Row:
     settings = paper_module(index()["models"][name]).SIZES[name]
     size = settings.get("img_size", 224)
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    model, image = create_model(name).eval(), torch.randn(1, settings.get("in_chans", 3), *sides)
-    forward = partial(model, image)
-    seconds = race({name: forward} | yardsticks(), rounds=rounds)
-    row: Row = dict(name=name, size="x".join(map(str, sides)), macs=count_macs(model, (image,)), rates=rates(seconds),
-                    seconds=median(seconds[name]), memory=peak_memory(forward),
-                    floor=floor(model, (image,), rates(seconds)))
+    image = torch.randn(1, settings.get("in_chans", 3), *sides)
+    models = {"ours": create_model(name).eval()} | timms(name, size)
+    forwards = {which: partial(model, image) for which, model in models.items()}
+    seconds = race(forwards | yardsticks(), rounds=rounds)
+    ours = models["ours"]
+    row: Row = dict(name=name, size="x".join(map(str, sides)), macs=count_macs(ours, (image,)), rates=rates(seconds),
+                    seconds=median(seconds["ours"]), memory=peak_memory(forwards["ours"]),
+                    floor=floor(ours, (image,), rates(seconds)))
+    if "timm" in models:
+        row["timm"] = median(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True))
+        row["timm_memory"] = row["memory"] / peak_memory(forwards["timm"])
     print(line(row), flush=True)
     return row
 
 
+def timms(name: str, size: Any) -> dict[str, nn.Module]:
+    """timm's model of this name, where it has it."""
+    try:
+        return {"timm": pair(name, size)[1]}
+    except SaccadeError:
+        return {}
+
+
 def line(row: Row) -> str:
+    beside = f"{row['timm']:.2f} | {row['timm_memory']:.2f}" if "timm" in row else " | "
     return (f"| {row['name']} | {row['size']} | {row['macs'] / 1e9:.2f} | {1e3 * row['seconds']:.1f} | "
             f"{1 / row['seconds']:.1f} | {row['memory'] / 2**20:.0f} | {1e3 * row['floor']:.1f} | "
-            f"{row['seconds'] / row['floor']:.2f} |")
+            f"{row['seconds'] / row['floor']:.2f} | {beside} |")
 
 
 def section(rows: list[Row], rounds: int) -> str:
@@ -68,8 +84,8 @@ def section(rows: list[Row], rounds: int) -> str:
         f"at the rate of a matrix product ({macs:.0f} G/s here) and the bytes that layers with weights read and write "
         f"at that of a copy ({copied:.0f} GB/s), both measured in the same rounds. Geometric mean of time / floor: "
         f"{mean:.2f}.", "",
-        "| model | pixels | GMACs | ms | images/s | peak MiB | floor ms | time / floor |",
-        "|---|---|" + "--:|" * 6, *map(line, rows),
+        "| model | pixels | GMACs | ms | images/s | peak MiB | floor ms | time / floor | time / timm | memory / timm |",
+        "|---|---|" + "--:|" * 8, *map(line, rows),
     ])
 
 
