@@ -24,13 +24,16 @@ def neighborhood_sum(weights: Tensor, values: Tensor, kernel: int) -> Tensor:
     values = values.movedim(-2, 1)
     places = [neighbours(side, kernel, weights.device) for side in grid]
     total: Tensor | None = None
+    spread: Tensor | None = None
     for offsets in product(range(kernel), repeat=leading):
         rows = values
         for axis, offset in enumerate(offsets):
             rows = rows.index_select(2 + axis, places[axis][:, offset])
         at: Any = (..., *offsets, slice(None))
         part = weights[at]
-        spread = part.new_zeros(*part.shape[:-1], grid[-1]).scatter(-1, places[-1].expand(part.shape), part)
+        if spread is None or torch.is_grad_enabled():  # else its zeros serve again: all offsets write to one place
+            spread = part.new_zeros(*part.shape[:-1], grid[-1])
+        spread = spread.scatter_(-1, places[-1].expand(part.shape), part)
         total = spread @ rows if total is None else total + spread @ rows
     assert total is not None  # a kernel has at least one row
     return total.movedim(1, -2)
