@@ -16,7 +16,6 @@ over channels; ConvFormer's and CAFormer's heads are an MLP with squared ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -41,12 +40,30 @@ _ADDRESS = "https://huggingface.co/sail/dl/resolve/main/"
 _BASIC = ("s12", "s24", "s36", "m36", "m48")
 _COMMON = ("s18", "s36", "m36", "b36")
 
-
-def _named(family: str, sizes: Sequence[str], *values: float, suffix: str = "", unit: float = 1) -> dict[str, float]:
-    return {f"{family}_{size}{suffix}": value * unit for size, value in zip(sizes, values, strict=True)}
-
-
-_CONV, _CA = partial(_named, "convformer", _COMMON), partial(_named, "caformer", _COMMON)
+# Millions of parameters (RandFormer: of those that are trained), billions of multiply-adds, top-1 in percent.
+_PUBLISHED = {
+    "identityformer_s12": (11.9, 1.8, 74.6), "identityformer_s24": (21.3, 3.4, 78.2),
+    "identityformer_s36": (30.8, 5, 79.3), "identityformer_m36": (56.1, 8.8, 80.0),
+    "identityformer_m48": (73.3, 11.5, 80.4), "randformer_s12": (11.9, 1.9, 76.6),
+    "randformer_s24": (21.3, 3.5, 78.2), "randformer_s36": (30.8, 5.2, 79.5), "randformer_m36": (56.1, 9, 81.2),
+    "randformer_m48": (73.3, 11.9, 81.4), "poolformerv2_s12": (11.9, 1.8, 78.0),
+    "poolformerv2_s24": (21.3, 3.4, 80.7), "poolformerv2_s36": (30.8, 5, 81.6), "poolformerv2_m36": (56.1, 8.8, 82.2),
+    "poolformerv2_m48": (73.3, 11.5, 82.6), "convformer_s18": (27, 3.9, 83.0), "convformer_s36": (40, 7.6, 84.1),
+    "convformer_m36": (57, 12.8, 84.5), "convformer_b36": (100, 22.6, 84.8), "caformer_s18": (26, 4.1, 83.6),
+    "caformer_s36": (39, 8, 84.5), "caformer_m36": (56, 13.2, 85.2), "caformer_b36": (99, 23.2, 85.5),
+    "convformer_s18_384": (27, 11.6, 84.4), "convformer_s36_384": (40, 22.4, 85.4),
+    "convformer_m36_384": (57, 37.7, 85.6), "convformer_b36_384": (100, 66.5, 85.7),
+    "caformer_s18_384": (26, 13.4, 85.0), "caformer_s36_384": (39, 26, 85.7), "caformer_m36_384": (56, 42, 86.2),
+    "caformer_b36_384": (99, 72.2, 86.4), "convformer_s18_in21ft1k": (27, 3.9, 83.7),
+    "convformer_s36_in21ft1k": (40, 7.6, 85.4), "convformer_m36_in21ft1k": (57, 12.8, 86.1),
+    "convformer_b36_in21ft1k": (100, 22.6, 87.0), "caformer_s18_in21ft1k": (26, 4.1, 84.1),
+    "caformer_s36_in21ft1k": (39, 8, 85.8), "caformer_m36_in21ft1k": (56, 13.2, 86.6),
+    "caformer_b36_in21ft1k": (99, 23.2, 87.4), "convformer_s18_384_in21ft1k": (27, 11.6, 85.0),
+    "convformer_s36_384_in21ft1k": (40, 22.4, 86.4), "convformer_m36_384_in21ft1k": (57, 37.7, 86.9),
+    "convformer_b36_384_in21ft1k": (100, 66.5, 87.6), "caformer_s18_384_in21ft1k": (26, 13.4, 85.4),
+    "caformer_s36_384_in21ft1k": (39, 26, 86.9), "caformer_m36_384_in21ft1k": (56, 42, 87.5),
+    "caformer_b36_384_in21ft1k": (99, 72.2, 88.1),
+}
 
 CARD = Card(
     "MetaFormer Baselines for Vision",
@@ -60,38 +77,9 @@ CARD = Card(
              "random mixing, residual scaling",
     kinds=("backbone", "mixer"),
     mixers={"separable_conv": "SeparableConv", "random_mixing": "RandomMixing"},
-    params={
-        name: value
-        for family in ("identityformer", "randformer", "poolformerv2")
-        for name, value in _named(family, _BASIC, 11.9, 21.3, 30.8, 56.1, 73.3, unit=1e6).items()
-    } | {
-        name: value
-        for suffix in ("", "_384", "_in21ft1k", "_384_in21ft1k")
-        for name, value in (_CONV(27, 40, 57, 100, suffix=suffix, unit=1e6)
-                            | _CA(26, 39, 56, 99, suffix=suffix, unit=1e6)).items()
-    },
-    macs={
-        **_named("identityformer", _BASIC, 1.8, 3.4, 5.0, 8.8, 11.5, unit=1e9),
-        **_named("randformer", _BASIC, 1.9, 3.5, 5.2, 9.0, 11.9, unit=1e9),
-        **_named("poolformerv2", _BASIC, 1.8, 3.4, 5.0, 8.8, 11.5, unit=1e9),
-        **{
-            name: value
-            for suffix in ("", "_in21ft1k")
-            for name, value in (_CONV(3.9, 7.6, 12.8, 22.6, suffix=suffix, unit=1e9)
-                                | _CA(4.1, 8.0, 13.2, 23.2, suffix=suffix, unit=1e9)
-                                | _CONV(11.6, 22.4, 37.7, 66.5, suffix="_384" + suffix, unit=1e9)
-                                | _CA(13.4, 26.0, 42.0, 72.2, suffix="_384" + suffix, unit=1e9)).items()
-        },
-    },
-    top1={
-        **_named("identityformer", _BASIC, 74.6, 78.2, 79.3, 80.0, 80.4),
-        **_named("randformer", _BASIC, 76.6, 78.2, 79.5, 81.2, 81.4),
-        **_named("poolformerv2", _BASIC, 78.0, 80.7, 81.6, 82.2, 82.6),
-        **_CONV(83.0, 84.1, 84.5, 84.8), **_CONV(84.4, 85.4, 85.6, 85.7, suffix="_384"),
-        **_CONV(83.7, 85.4, 86.1, 87.0, suffix="_in21ft1k"), **_CONV(85.0, 86.4, 86.9, 87.6, suffix="_384_in21ft1k"),
-        **_CA(83.6, 84.5, 85.2, 85.5), **_CA(85.0, 85.7, 86.2, 86.4, suffix="_384"),
-        **_CA(84.1, 85.8, 86.6, 87.4, suffix="_in21ft1k"), **_CA(85.4, 86.9, 87.5, 88.1, suffix="_384_in21ft1k"),
-    },
+    params={name: row[0] * 1e6 for name, row in _PUBLISHED.items()},
+    macs={name: row[1] * 1e9 for name, row in _PUBLISHED.items()},
+    top1={name: row[2] for name, row in _PUBLISHED.items()},
     weights={
         f"{family}_{size}{suffix}": Weights(f"{_ADDRESS}{family}/{family}_{size}{suffix}.pth", data=data)
         for families, sizes, suffixes in (
