@@ -4,7 +4,7 @@
     out = flex_attend(q, k, v, Everywhere((14, 14)), Paths((columns, rows)))
 
 FlexAttention computes no block of 128 x 128 pairs in which nobody sees anybody, and never writes down N x N numbers: it
-reads the pattern's tables. One compiled kernel serves all kernel sizes, dilations, strides and shifts on N tokens.
+reads the pattern's tables. One compiled kernel serves all grids, kernel sizes, dilations, strides and shifts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saccade.ops.pattern import Bias, Paths, Pattern, check_bias, score_of, toke
 from saccade.ops.tables import table
 
 BLOCK = 128  # tokens a side of what is computed or left out as a whole
-RECOMPILES = 256  # kernels kept, one a shape, type and kind of bias; at torch's limit of 8 a call would fail
+RECOMPILES = 256  # kernels kept, by type, heads, kind of bias, on a CPU also shape; at torch's 8 a call would fail
 
 
 def flex_attend(
@@ -37,11 +37,11 @@ def flex_attend(
     indexed by offset (key - query, in steps of the dilation) from its middle. scale defaults to d^-1/2. Raises
     SaccadeError where shapes disagree. While compiling, exporting, counting or recording: `attend` under a whole mask.
     """
-    B, h, N = q.shape[0], q.shape[1], prod(pattern.grid)
-    if q.dim() != 4 or any(x.shape[:3] != (B, h, N) for x in (q, k, v)):
+    N = prod(pattern.grid)
+    if any(x.dim() != 4 or x.shape[:3] != (*q.shape[:2], N) for x in (q, k, v)):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise SaccadeError(f"q, k, v of shapes {shapes}: give all three as (B, heads, {N}, d) for grid {pattern.grid}")
-    check_bias(bias, h, B, pattern)
+    check_bias(bias, q.shape[1], q.shape[0], pattern)
     if to_choose(q) and choose(_case(q, k, v, pattern, bias)).path == "flex":
         return flex_kernel(q, k, v, pattern, bias, scale)
 
@@ -60,8 +60,8 @@ def flex_kernel(
     order, back = _orders(pattern, device)
     if order is not None:
         q, k, v = (x.index_select(2, order) for x in (q, k, v))
-    score = None if bias is None else score_of(bias, pattern, _tables(pattern, device))
-    out = _compiled()(q, k, v, score_mod=score, block_mask=_block_mask(pattern, device), scale=scale)
+    score = None if bias is None else score_of(bias, _tables(pattern, device))
+    out = _compiled(device.type)(q, k, v, score_mod=score, block_mask=_block_mask(pattern, device), scale=scale)
     return out if back is None else out.index_select(2, back)
 
 
@@ -72,11 +72,11 @@ def _case(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, bias: Bias | None) 
                 training, repr(pattern))
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    # Shapes are baked in: left open, the kernel of the CPU does not build. The graph is whole: one that fell back to
-    # FlexAttention's uncompiled form would write down the N x N scores without a word.
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+@lru_cache(maxsize=2)
+def _compiled(device: str) -> Callable[..., Tensor]:
+    # Sizes are left open from the second one on, but on a CPU, whose kernel does not build so. The graph is whole: one
+    # that fell back to FlexAttention's uncompiled form would write down the N x N scores without a word.
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False if device == "cpu" else None)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         with torch._dynamo.config.patch(cache_size_limit=RECOMPILES):

@@ -21,8 +21,9 @@ from saccade.ops.neighborhood import Window
 from saccade.ops.tables import table
 
 # Rows of the tables of an axis. What one query sees on it: the keys 0 to COUNT - 1 steps after FIRST, around the RING
-# where there is one. ORIGIN turns those steps to indices of a bias, PLACE is what the axis adds to a token's number.
-AT, FIRST, COUNT, ORIGIN, RING, PLACE = range(6)
+# where there is one. ORIGIN turns those steps to indices of a bias of SIDE; PLACE is what the axis adds to a token's
+# number. Scores and masks read all numbers there: a kernel compiled for one pattern serves the next.
+AT, FIRST, COUNT, ORIGIN, RING, SIDE, PLACE = range(7)
 APART = 2**20  # between the numbers of two residue classes of an axis: farther than any two steps of one
 Sees = Callable[[Tensor, Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -200,19 +201,20 @@ def check_bias(bias: Bias | None, heads: int, batch: int, pattern: Pattern) -> N
 
 @table
 def token_tables(pattern: Pattern, device: torch.device) -> Tensor:
-    """(axes, 6, N), a column a token."""
+    """(axes, 7, N), a column a token."""
     N, axes = prod(pattern.grid), []
     for number, size in enumerate(pattern.grid):
         stride = prod(pattern.grid[number + 1:])
         position = torch.arange(N, device=device) // stride % size
         rows = [torch.as_tensor(row, device=device).expand(size)[position] for row in pattern.axis(number, device)]
-        axes.append(torch.stack([*rows, position * stride]))
+        side = torch.full_like(position, pattern.sides()[number])
+        axes.append(torch.stack([*rows, side, position * stride]))
     return torch.stack(axes).int()
 
 
-def score_of(bias: Bias, pattern: Pattern, tables: Tensor) -> Score:
+def score_of(bias: Bias, tables: Tensor) -> Score:
     """(score, image, head, query, key) -> score + bias: of scalars (FlexAttention) as of tensors that broadcast."""
-    return _by_offset(bias, pattern.sides(), tables) if isinstance(bias, Tensor) else _by_path(bias, tables)
+    return _by_offset(bias, tables) if isinstance(bias, Tensor) else _by_path(bias, tables)
 
 
 def _in_the_run(tables: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -234,29 +236,30 @@ def _steps(tables: Tensor, axis: int, i: Tensor, j: Tensor) -> Tensor:
     return torch.where(steps < 0, steps + tables[axis, RING, i], steps)
 
 
-def _by_offset(bias: Tensor, sides: tuple[int, ...], tables: Tensor) -> Score:
+def _by_offset(bias: Tensor, tables: Tensor) -> Score:
     flat = bias.flatten(1)
 
     def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         index: Tensor | int = 0
-        for axis, side in enumerate(sides):
-            offset = _steps(tables, axis, i, j) + tables[axis, ORIGIN, i]
-            index = index * side + offset.clamp(0, side - 1)  # keys that are not seen may be anywhere
+        for axis in range(tables.shape[0]):
+            side, offset = tables[axis, SIDE, i], _steps(tables, axis, i, j) + tables[axis, ORIGIN, i]
+            index = index * side + offset.clamp(min=0).minimum(side - 1)  # keys that are not seen may be anywhere
         return score + flat[h, index]
 
     return score
 
 
 def _by_path(paths: Paths, tables: Tensor) -> Score:
-    walk = tuple(reversed(range(len(paths.sums)))) if paths.walk is None else paths.walk
-    here = [x.flatten(2) for x in paths.sums]
+    walk = list(reversed(range(len(paths.sums)))) if paths.walk is None else list(paths.walk)
+    place = tables[walk, PLACE]
+    here = [paths.sums[axis].flatten(2) for axis in walk]
     there = [x.clone() for x in here]  # FlexAttention has no gradient yet of a tensor that is read in two places
 
     def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        token: Tensor | int = sum(tables[axis, PLACE, i] for axis in range(len(here)))
-        for axis in walk:
-            corner = token + tables[axis, PLACE, j] - tables[axis, PLACE, i]
-            score = score - (here[axis][b, h, token] - there[axis][b, h, corner]).abs()
+        token: Tensor | int = sum(place[step, i] for step in range(len(here)))
+        for step in range(len(here)):
+            corner = token + place[step, j] - place[step, i]
+            score = score - (here[step][b, h, token] - there[step][b, h, corner]).abs()
             token = corner
         return score
 
@@ -268,7 +271,7 @@ def written_out(pattern: Pattern, bias: Bias | None, dtype: torch.dtype, device:
     mask = _mask(pattern, dtype, device)
     if bias is None:
         return mask
-    score = score_of(bias, pattern, token_tables(pattern, device))
+    score = score_of(bias, token_tables(pattern, device))
     images, heads = bias.sums[0].shape[:2] if isinstance(bias, Paths) else (1, len(bias))
     image, head = (torch.arange(size, device=device) for size in (images, heads))
     token = torch.arange(prod(pattern.grid), device=device)

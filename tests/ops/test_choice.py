@@ -113,8 +113,7 @@ def test_natten_is_asked_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(neighborhood, "choose", lambda case: Choice("natten", ""))
     x = torch.randn(1, 6, 9, 2, 4)
     with prefer("natten"):
-        out = neighborhood.neighborhood_attention(
-            x, x, x, (2, 3), (1, 3), stride=(2, 1), causal=(True, False), scale=0.3)
+        out = neighborhood_attention(x, x, x, (2, 3), (1, 3), stride=(2, 1), causal=(True, False), scale=0.3)
     assert torch.equal(out, x + 4)
     assert asked == [dict(kernel_size=(2, 3), stride=(2, 1), dilation=(1, 3), is_causal=(True, False), scale=0.3)]
 

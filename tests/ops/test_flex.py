@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def offset(pattern: Pattern, i: Place, j: Place) -> Place:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention's own unfused form: the same arithmetic, without a third of a minute of compiling."""
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    monkeypatch.setattr(flex, "_compiled", lambda device: flex.flex_attention)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
@@ -90,7 +92,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def differentiable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unfused again, traced: the gradient that a GPU compiles. On a CPU a check alone stands before it."""
     torch._dynamo.reset()
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    monkeypatch.setattr(flex, "_compiled", lambda device: flex.flex_attention)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
 
 
@@ -223,11 +225,16 @@ def test_gradients_of_offsets(pattern: Pattern, differentiable: None) -> None:
     check_gradients(pattern, q, k, v, bias)
 
 
+def under_a_mask(*args: Any) -> Tensor:
+    with prefer("eager"):
+        return flex_attend(*args)
+
+
 def check_gradients(pattern: Pattern, *leaves: Tensor, tolerance: float = 1e-5) -> None:
     leaves = [x.detach().requires_grad_() for x in leaves]
     q, k, v, *factors = leaves
     outputs = []
-    for attend in (flex_attend, flex.flex_kernel):
+    for attend in (under_a_mask, flex.flex_kernel):
         bias = factors[0] if len(factors) == 1 else Paths(tuple(factors))
         out = attend(q, k, v, pattern, bias)
         cotangent = torch.linspace(0, 1, out.numel(), device=out.device, dtype=out.dtype).view(out.shape)
@@ -267,6 +274,27 @@ def test_compiles_and_exports_under_a_mask() -> None:
     torch.testing.assert_close(compiled(x, bias), model(x, bias))
     exported = torch.export.export(model, (x, bias), dynamic_shapes=({0: torch.export.Dim.DYNAMIC}, None)).module()
     torch.testing.assert_close(exported(x[:1], bias), model(x[:1], bias))
+
+
+@pytest.mark.parametrize("kind", [
+    pytest.param("none", marks=pytest.mark.slow), "offsets", pytest.param("paths", marks=pytest.mark.slow),
+])
+def test_sizes_are_left_open_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch would be asked to compile there, up to its kernels: three graphs (the first two sizes, and the first
+    other number of blocks) for any number of sizes, kernels, dilations and walks.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    open_ = flex._compiled.__wrapped__("cuda")
+    monkeypatch.setattr(flex, "_compiled", lambda device: open_)
+    for number, grid in enumerate([(12, 15), (15, 13), (9, 31), (20, 10), (21, 19)]):
+        pattern = Neighborhood(grid, (Window(3 + number, 1), Window(3, 2 + number % 2)))
+        (q, k, v), table = draw(pattern)
+        sums = tuple(cost.cumsum(2 + axis) for axis, cost in enumerate(steps_of(grid, batch=1)))
+        bias = {"none": None, "offsets": table, "paths": Paths(sums, ((0, 1), (1, 0))[number % 2])}[kind]
+        torch.testing.assert_close(flex.flex_kernel(q, k, v, pattern, bias), flex_attend(q, k, v, pattern, bias))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 @pytest.mark.slow  # a kernel compiles for 20 s, the first in a fresh cache for a minute
@@ -311,7 +339,7 @@ def test_on_a_gpu_forward_and_backward(name: str, dtype: torch.dtype) -> None:
     (q, k, v), bias = draw(pattern, dim=32, batch=2)
     q, k, v, bias = (x.to("cuda", dtype) for x in (q, k, v, bias))
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(flex.flex_kernel(q, k, v, pattern, bias), flex_attend(q, k, v, pattern, bias),
+    torch.testing.assert_close(flex.flex_kernel(q, k, v, pattern, bias), under_a_mask(q, k, v, pattern, bias),
                                rtol=tolerance, atol=tolerance)
     check_gradients(pattern, q, k, v, bias, tolerance=tolerance)
 
