@@ -135,14 +135,19 @@ class MsaConv(nn.Module):
         return crop(means, grid).unflatten(-1, x.shape[-2:])
 
     def note(self, weights: Tensor, steps: Sequence[int]) -> None:
-        """The weights as maps of all tokens, a pooled one at the token of its cell that the window meets."""
+        """The weights as maps of tokens and padding, a pooled one at the token of its cell that the window meets."""
         grid = tuple(weights.shape[1:-2])
         keys = torch.stack([
             torch.cat([rolled_tokens(grid, self.kernel, step, shift, weights.device) for step in steps], -1)
             for shift in self.shifts])
         flat = weights.flatten(1, -3).transpose(1, 2)  # (B, h, N, K)
         dense = flat.new_zeros(*flat.shape[:-1], prod(grid) + 1).scatter_add(-1, keys.expand(flat.shape), flat)
-        note(dense[..., :-1], lambda: global_tokens(prod(grid), weights.device))
+
+        def where() -> tuple[Tensor, Tensor]:
+            tokens, _ = global_tokens(prod(grid), weights.device)
+            return tokens, torch.cat([tokens, tokens.new_full((1, 1), -1)], 1)
+
+        note(dense, where)
 
 
 @table
