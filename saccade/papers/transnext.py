@@ -51,12 +51,10 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED, (2.7e9, 5.7e9, 10.3e9, 18.4e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (82.5, 84.0, 84.7, 84.8), strict=True)),
     weights={
-        f"transnext_{size}": Weights(
-            f"https://huggingface.co/DaiShiResearch/transnext-{size}-224-1k/resolve/main/transnext_{size}_224_1k.pth")
-        for size in ("micro", "tiny", "small", "base")
-    } | {
-        "transnext_micro_aaaa": Weights("https://huggingface.co/DaiShiResearch/transnext-micro-AAAA-256-1k/resolve/main/"
-                                        "transnext_micro_AAAA_256_1k.pth"),
+        f"transnext_{size}".lower(): Weights(
+            f"https://huggingface.co/DaiShiResearch/transnext-{size.replace('_', '-')}-{side}-1k/resolve/main/"
+            f"transnext_{size}_{side}_1k.pth")
+        for size, side in (("micro", 224), ("tiny", 224), ("small", 224), ("base", 224), ("micro_AAAA", 256))
     },
     goldens=("transnext_micro", "op_transnext_aggregated_attention", "op_transnext_aggregated_attention_nonsquare",
              "op_transnext_aggregated_attention_pretrain"),
