@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, Rule, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.ops.attend import attend
@@ -67,6 +67,10 @@ CARD = Card(
     top1={"uniformer_small": 82.9, "uniformer_small_plus": 83.4, "uniformer_small_plus_dim64": 83.4,
           "uniformer_base": 83.8, "uniformer_base_ls": 83.9, "uniformer_large_ls": 85.6, "uniformer_xxs": 80.6,
           "uniformer_xs": 82.0},
+    weights={
+        name: Weights(f"https://huggingface.co/Sense-X/uniformer_image/resolve/main/{name}_in1k.pth", licence="MIT")
+        for name in ("uniformer_small", "uniformer_small_plus", "uniformer_base")
+    },
     goldens=("uniformer_small", "uniformer_xxs", "uniformer_video_small", "op_uniformer_c_block",
              "op_uniformer_sa_block", "op_uniformer_video_c_block", "op_uniformer_video_sa_block",
              "op_uniformer_video_split_sa_block"),
