@@ -87,6 +87,10 @@ CARD = Card(
                               ("dinat_large_384_11x11", "dinat_large_in22k_in1k_384_11x11"),
                               ("dinat_s_large", "dinat_s_large_in1k_224"),
                               ("dinat_s_large_384", "dinat_s_large_in1k_384"))},
+        **{name: Weights(f"{_DINAT}imagenet22k/{file}.pth", data="ImageNet-22K")
+           for name, file in (("dinat_large_21k", "dinat_large_in22k_224"),
+                              ("dinat_large_21k_11x11", "dinat_large_in22k_224_11x11interp"),
+                              ("dinat_s_large_21k", "dinat_s_large_in22k_224"))},
         **{name: Weights(f"{_DINAT}isotropic/{name}_in1k_224.pth")
            for name in ("nat_isotropic_small", "nat_isotropic_base", "dinat_isotropic_small", "dinat_isotropic_base",
                         "vitrpb_small", "vitrpb_base")},
