@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, pointwise, within
 from saccade.core.site import Site
 from saccade.ops.attend import attend
@@ -101,6 +102,8 @@ class CrossAttention(nn.Module):
         q, k, v = self.qkv(x.flatten(1, -2)).chunk(3, -1)
         bias = self.among(grid)
         if context is not None:
+            if not self.sources:
+                raise SaccadeError("cross tokens for an attention of sources=0: build it with their number of blocks")
             width = x.shape[-1]
             scale, cross_bias = (spread(value, self.sources, cells(self.grid), cells(grid))
                                  for value in (self.scale, self.cross_bias))

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from saccade import Site, create_model, record
+from saccade import SaccadeError, Site, create_model, record
 from saccade.papers.fcaformer import CrossAttention, CrossBlock
 from tests.contracts.registered import randomised
 
@@ -78,3 +78,8 @@ def test_recorded_cross_tokens_lie_in_the_middle_of_what_they_merge():
 def test_another_mixer_knows_no_cross_tokens(mixer):
     model = create_model("fcaformer_nano", mixer=mixer, num_classes=2).eval()
     assert model(torch.randn(1, 3, 40, 24)).shape == (1, 2)
+
+
+def test_cross_tokens_that_nothing_calibrates():
+    with pytest.raises(SaccadeError, match="sources=0"):
+        CrossAttention(Site(8, 2))(torch.randn(1, 4, 4, 8), torch.randn(1, 1, 8))
