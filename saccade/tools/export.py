@@ -44,19 +44,9 @@ def export_onnx(
     where one is over TOLERANCE; the file is then not kept.
     """
     sides, path = _sides(size), Path(file)
-    onnxscript.script  # noqa: B018  (the exporter imports it itself, with a traceback instead of one line)
-    image = torch.randn(2, in_chans, *sides)
-    names = ["batch", "", *(f"side{axis}" for axis in range(len(sides)))]
-    shapes = {axis: torch.export.Dim.DYNAMIC for axis, name in enumerate(names) if name}
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
-        program = torch.onnx.export(
-            model.eval(), (image,), input_names=["image"], output_names=["scores"], dynamo=True,
-            dynamic_shapes=(shapes,), verbose=False,
-        )
-    assert program is not None
     partial = path.with_suffix(path.suffix + ".partial")
-    program.save(partial, external_data=False)
     try:
+        write_onnx(export(model, sides, in_chans=in_chans), partial)
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         found = {}
         for other in (sides, tuple(side + 32 for side in sides)):
@@ -69,6 +59,15 @@ def export_onnx(
     finally:
         partial.unlink(missing_ok=True)
     return found
+
+
+def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
+    """The program of `export` in ONNX, "image" in, "scores" out."""
+    onnxscript.script  # noqa: B018  (the exporter imports it itself, with a traceback instead of one line)
+    translated = torch.onnx.export(program, (), input_names=["image"], output_names=["scores"], dynamo=True,
+                                   verbose=False)
+    assert translated is not None
+    translated.save(file, external_data=False)
 
 
 def difference(session: Any, model: nn.Module, image: Tensor) -> float:
