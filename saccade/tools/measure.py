@@ -64,6 +64,7 @@ def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     return total
 
 
+@torch.inference_mode(False)  # in whose tensors the counter of multiply-adds would look for a graph
 def without_data(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device, made without copying its data."""
     known: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
@@ -71,6 +72,7 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, known)
 
 
+@torch.inference_mode(False)
 def _counted(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _lstm_flops})
     # The counter's formulas for fused attention refuse grouped heads and do not know nn.Transformer's fast path.

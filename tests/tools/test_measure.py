@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from saccade import create_model
 from saccade.tools import measure
 from saccade.tools.measure import count_macs, peak_memory, race, summary
 
@@ -151,3 +152,11 @@ def test_race_turns_the_collector_on_again_after_an_error() -> None:
 
 def test_summary() -> None:
     assert summary([3.0, 1.0, 2.0]) == {"p50": 2.0, "p95": pytest.approx(2.9)}
+
+
+def test_counted_in_inference_mode_is_what_is_counted_outside() -> None:
+    """Also where blocks hand on a parameter, as those with global tokens do."""
+    model, image = create_model("dualtoken_vit_nano"), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        inside = count_macs(model, (image,)), count_macs(create_model("dualtoken_vit_nano"), (image,))
+    assert inside == (count_macs(model, (image,)),) * 2
