@@ -8,10 +8,8 @@ import torch.nn.functional as F
 
 from saccade import create_model
 from saccade.core.keymap import rename
-from saccade.papers.tnt import CARD, TIMM, Words
+from saccade.papers.tnt import CARD, TIMM, Words, tnt
 from saccade.tools.measure import declared_macs
-
-timm = pytest.importorskip("timm")
 
 
 def test_words_see_zeros_beyond_their_patch():
@@ -32,12 +30,11 @@ def test_patches_of_a_volume():
 
 
 def test_timm_weights_give_timm_scores():
+    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("tnt_s_patch16_224", depth=2).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    from saccade.papers.tnt import tnt
-
     ours = tnt(384, 2, 6, 24, 4).eval()
     ours.load_state_dict(rename(theirs.state_dict(), TIMM).state)
     image = torch.randn(1, 3, 224, 224)
