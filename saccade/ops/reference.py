@@ -85,3 +85,28 @@ def pattern_attention(
         for m, weight in weights.items():
             out[b, h, n] += weight / sum(weights.values()) * v[b, h, m].double()
     return out
+
+
+def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`saccade.ops.scan.selective_scan`, token by token: u, dt, y (B, L, E), a (E, n), b, c (B, L, n)."""
+    state = u.new_zeros(u.shape[0], *a.shape)
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(dt[:, t, :, None] * a)
+        state = decay * state + (dt[:, t] * u[:, t])[:, :, None] * b[:, t, None, :]
+        outputs.append((state * c[:, t, None, :]).sum(-1))
+    return torch.stack(outputs, 1)
+
+
+def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`saccade.ops.scan.ssd`, token by token and head by head: x, y (B, L, h, p), dt (B, L, h), b, c (B, L, g, n)."""
+    heads, groups = x.shape[2], b.shape[2]
+    y = torch.zeros_like(x)
+    for image, head in product(range(x.shape[0]), range(heads)):
+        group = head // (heads // groups)
+        state = x.new_zeros(b.shape[-1], x.shape[-1])
+        for t in range(x.shape[1]):
+            taken_in = torch.outer(b[image, t, group], x[image, t, head])
+            state = exp(float(dt[image, t, head] * a[head])) * state + dt[image, t, head] * taken_in
+            y[image, t, head] = c[image, t, group] @ state
+    return y

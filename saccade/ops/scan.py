@@ -1,0 +1,164 @@
+"""Linear recurrences over a sequence, in parallel: the selective scan of Mamba and the state space duality of Mamba-2.
+
+A channel keeps a state h of n numbers that decays, takes the token in and is read out,
+    h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t,    y_t = c_t . h_t,
+with steps dt, inputs b and readouts c that depend on the token. Token by token that is a loop over the whole length.
+Here the sequence is cut in chunks: each finds the state that it would leave behind on its own, what enters every chunk
+follows from those by doubling (log2 of their number), and all chunks then run side by side from what enters them.
+
+In float32 at least, under autocast too. Any length: tokens that fill the last chunk have dt = 0 and change no state.
+`saccade.ops.reference` has both once more, token by token.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from saccade.core.record import recording
+
+TRACED = 16  # steps of a chunk where sizes are open or steps become nodes of a graph
+ENOUGH = 2**14  # states a token that fill a step by themselves: chunks would only add work (measured on a CPU)
+TOGETHER = 2**16  # states that the chunks of a step should have together: a step stays in the cache
+ROUNDS = 16  # doublings where the number of chunks is open: 2**16 chunks, a million tokens
+MATRIX = 64  # steps of a chunk in matrix form
+
+
+def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """y_t = c_t . h_t, h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t, a state of n numbers a channel.
+
+    u, dt, y (*lead, L, E); b, c (*lead, L, n), shared by the channels; a (E, n), or with leading axes that broadcast to
+    `lead` (one a direction). dt >= 0 and a <= 0, or states grow. (Gu, Dao, "Mamba", 2023, section 3.)
+    """
+    wide = torch.promote_types(u.dtype, torch.float32)
+    u, dt, a, b, c = (value.to(wide) for value in (u, dt, a, b, c))
+    steps = _steps(u, b)
+    with _full_precision(u):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _known(u):
+            # The states of all tokens outweigh everything else by n: computed again in the backward pass, not kept.
+            out: Tensor = checkpoint(_scan, u, dt, a, b, c, steps, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return _scan(u, dt, a, b, c, steps)
+
+
+def _scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, steps: int) -> Tensor:
+    length = u.shape[-2]
+    a = a.mT.unsqueeze(-3)  # (*, 1, n, E): states as (*lead, chunks, n, E)
+    x, dt, b, c = (_chunks(value, steps) for value in (dt * u, dt, b, c))
+    inputs = list(zip(*(value.unbind(-2) for value in (x, dt, b)), strict=True))
+    state = torch.zeros_like(x[..., 0, None, :] * b[..., 0, :, None])
+    if not _known(x) or x.shape[-3] > 1:
+        left = state
+        for x_t, dt_t, b_t in inputs:
+            left = _step(left, x_t, dt_t, b_t, a)
+        state = entering(left, torch.exp(dt.sum(-2).unsqueeze(-2) * a), axis=-3)
+    outputs = []
+    for (x_t, dt_t, b_t), c_t in zip(inputs, c.unbind(-2), strict=True):
+        state = _step(state, x_t, dt_t, b_t, a)
+        outputs.append((c_t.unsqueeze(-2) @ state).squeeze(-2))
+    return _joined(torch.stack(outputs, -2), length)
+
+
+def _step(state: Tensor, x: Tensor, dt: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    return torch.addcmul(x.unsqueeze(-2) * b.unsqueeze(-1), state, (dt.unsqueeze(-2) * a).exp_())
+
+
+def _steps(u: Tensor, b: Tensor) -> int:
+    """Tokens a chunk: few, so that many chunks share a step of the loop, and enough that a step stays in the cache."""
+    if torch.compiler.is_compiling() or not _known(u):
+        return TRACED
+    length = u.shape[-2]
+    states = u[..., 0, :].numel() * b.shape[-1]
+    if states >= ENOUGH or recording():
+        return max(length, 1)
+    chunks = max(1, min(length // TRACED, TOGETHER // max(states, 1)))
+    return -(-length // chunks)
+
+
+def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The scan with one decay a head, as matrices: y_t = c_t . H_t, H_t = exp(dt_t a) H_{t-1} + dt_t b_t x_t^T.
+
+    x, y (*lead, L, h, p); dt (*lead, L, h); a (h,); b, c (*lead, L, g, n), each group for h / g heads in a row. Inside
+    a chunk y = (M o (c b^T)) (dt x), M_ij = exp(a (dt_{j+1} + ... + dt_i)) for i >= j; states pass on between chunks.
+    (Dao, Gu, "Transformers are SSMs", 2024, section 6.)
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, dt, a, b, c = (value.to(wide) for value in (x, dt, a, b, c))
+    groups, length = b.shape[-2], x.shape[-3]
+    with _full_precision(x):
+        if recording():  # the recurrence itself: what `cost` declares
+            return _ssd_by_scan(x, dt, a, b, c)
+        steps = min(MATRIX, length) if _known(x) else MATRIX
+        # (*lead, chunks, g, h / g, steps, .), but b and c without heads
+        x = _chunks((x * dt.unsqueeze(-1)).flatten(-2), steps).unflatten(-1, (groups, -1, x.shape[-1]))
+        x = x.movedim(-4, -2)
+        decay = _chunks(dt * a, steps).unflatten(-1, (groups, -1)).movedim(-3, -1).cumsum(-1)  # (*, g, h / g, steps)
+        b, c = (_chunks(value.flatten(-2), steps).unflatten(-1, (groups, -1)).movedim(-3, -2) for value in (b, c))
+        future = torch.ones(steps, steps, dtype=torch.bool, device=x.device).triu(1)
+        kept = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
+        out = (kept * (c @ b.mT).unsqueeze(-3)) @ x
+        if not _known(x) or x.shape[-5] > 1:
+            whole = decay[..., -1:]
+            left = b.mT.unsqueeze(-3) @ (x * (whole - decay).exp().unsqueeze(-1))  # (*, g, h / g, n, p)
+            state = entering(left, whole.unsqueeze(-1).exp(), axis=-5)
+            out = out + decay.exp().unsqueeze(-1) * (c.unsqueeze(-3) @ state)
+        return _joined(out.movedim(-2, -4).flatten(-3), length).unflatten(-1, (-1, x.shape[-1]))
+
+
+def _ssd_by_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    groups, width = b.shape[-2], x.shape[-1]
+    u, dt = (value.unflatten(-2, (groups, -1)).flatten(-2).movedim(-2, -3)
+             for value in (x, dt.unsqueeze(-1).expand_as(x)))  # (*lead, g, L, h / g p)
+    b, c = b.movedim(-2, -3), c.movedim(-2, -3)
+    rates = a.repeat_interleave(width).unflatten(0, (groups, -1)).unsqueeze(-1).expand(-1, -1, b.shape[-1])
+    return selective_scan(u, dt, rates, b, c).movedim(-3, -2).flatten(-2).unflatten(-1, (-1, width))
+
+
+def entering(left: Tensor, decay: Tensor, axis: int) -> Tensor:
+    """The state that enters each chunk: s_{k+1} = decay_k s_k + left_k, s_0 = 0, along `axis`, by doubling."""
+    count = left.shape[axis]
+    rounds = (count - 1).bit_length() if isinstance(count, int) else ROUNDS
+    for number in range(rounds):
+        left = torch.addcmul(left, decay, _delayed(left, 2**number, axis))
+        if number + 1 < rounds:
+            decay = decay * _delayed(decay, 2**number, axis)
+    return _delayed(left, 1, axis)
+
+
+def _delayed(x: Tensor, by: int, axis: int) -> Tensor:
+    """x moved `by` places along an axis, zeros in front."""
+    count = x.shape[axis]
+    if isinstance(count, int):
+        by = min(by, count)
+        return torch.cat([torch.zeros_like(x.narrow(axis, 0, by)), x.narrow(axis, 0, count - by)], axis)
+    place = torch.arange(count, device=x.device) - by
+    there = (place >= 0).to(x.dtype).view(-1, *[1] * (-axis - 1))
+    return x.index_select(axis, place.clamp(min=0)) * there
+
+
+def _chunks(x: Tensor, steps: int) -> Tensor:
+    """(*lead, L, C) -> (*lead, chunks, steps, C), zeros at the end."""
+    missing = (-x.shape[-2]) % steps
+    if not (isinstance(missing, int) and missing == 0):
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.unflatten(-2, (x.shape[-2] // steps, steps))
+
+
+def _joined(x: Tensor, length: int) -> Tensor:
+    """Undo `_chunks`, for `length` tokens."""
+    x = x.flatten(-3, -2)
+    extra = x.shape[-2] - length
+    return x if isinstance(extra, int) and extra == 0 else F.pad(x, (0, 0, 0, -extra))
+
+
+def _known(x: Tensor) -> bool:
+    return all(isinstance(side, int) for side in x.shape)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[None]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
