@@ -1,0 +1,96 @@
+"""Vision Mamba (Vim): the tokens of an image scanned from both ends.
+
+Mamba sees only what came before. Here the sequence and its reverse, of shared projections (x, z), go each through a
+selection of its own (convolution, steps, decays), each gated by its own z,
+    out = out_proj((y_forward silu(z) + reversed(y_backward reversed(silu(z)))) / 2).
+Both directions run in one scan. The class token stands in the middle of the sequence.
+
+Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", 2024,
+section 3.3, algorithm 1.
+
+Any grid: tokens are taken in row-major order, prefix tokens in their middle, after floor(N / 2) of them.
+Quirks kept: the division by two, which the released models have and the paper's algorithm does not (`mean`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.card import Card
+from saccade.core.keymap import KeyMap
+from saccade.core.site import Site
+from saccade.parts.ssm import Selection, scan_together, selection_names, step_rank
+
+CARD = Card(
+    "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+    authors="Zhu, Liao, Zhang, Wang, Liu, Wang",
+    year=2024,
+    systems=("survey_ssm_medical",),
+    arxiv="2401.09417",
+    code="hustvl/Vim@dd0358a",
+    licence="Apache-2.0",
+    read="paper, code",
+    keywords="bidirectional state space model, vision mamba, selective scan, middle class token",
+    kinds=("mixer",),
+    mixers={"bidirectional_mamba": "BidirectionalMamba"},
+    goldens=("op_vim_bimamba_v2",),
+    tests=("tests/papers/test_vim.py",),
+)
+
+
+class BidirectionalMamba(nn.Module):
+    """Mean (sum, without `mean`) of two gated selections, one of them on the reversed sequence: (B, *grid, C) -> same.
+
+    `rank` is the width from which the steps are projected (C / 16 unless given).
+    """
+
+    ranks, prefix = (1, 2, 3), True
+    template = ("in_proj", "out_proj")
+
+    def __init__(
+        self, site: Site, states: int = 16, kernel: int = 4, expand: float = 2, rank: int | None = None,
+        bias: bool = False, mean: bool = True,
+    ) -> None:
+        super().__init__()
+        inner, rank = int(expand * site.dim), step_rank(site.dim) if rank is None else rank
+        self.mean = mean
+        self.in_proj = nn.Linear(site.dim, 2 * inner, bias=bias)
+        self.forwards = Selection(inner, rank, states, kernel)
+        self.backwards = Selection(inner, rank, states, kernel)
+        self.out_proj = nn.Linear(inner, site.dim, bias=bias)
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        tokens = x.flatten(1, -2)
+        half = tokens.shape[1] // 2
+        if prefix is not None:
+            tokens = torch.cat([tokens[:, :half], prefix, tokens[:, half:]], 1)
+        inner, gate = self.in_proj(tokens).chunk(2, -1)
+        there, back = scan_together([self.forwards, self.backwards], [inner, inner.flip(1)])
+        mixed = (there + back.flip(1)) * F.silu(gate)
+        out = self.out_proj(mixed / 2 if self.mean else mixed)
+        if prefix is None:
+            return out.view(x.shape)
+        count = prefix.shape[1]
+        rest = torch.cat([out[:, :half], out[:, half + count:]], 1)
+        return rest.view(x.shape), out[:, half : half + count]
+
+    def cost(self, site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
+        """Multiply-adds: 3 N C E for the projections around two selections of width E."""
+        tokens = prod(grid) + prefix
+        selections = self.forwards.cost(tokens) + self.backwards.cost(tokens)
+        return tokens * 3 * self.out_proj.weight.numel() + selections
+
+    def reach(self, site: Site) -> None:
+        """Every token reaches every other."""
+        return None
+
+
+AUTHORS: KeyMap = (
+    (r"A_b_log", "backwards.A_log"),
+    *selection_names("_b", "backwards"),
+    *selection_names("", "forwards"),
+)

@@ -1,0 +1,130 @@
+"""What state space mixers share: projections that choose steps, inputs and readouts; a causal convolution; a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.keymap import KeyMap
+from saccade.core.site import Site
+from saccade.ops.scan import selective_scan
+from saccade.ops.window import crop
+from saccade.parts.block import LAYER_NORM, Norm, residual_tail
+from saccade.parts.convolution import GridConv1d
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def step_rank(dim: int) -> int:
+    """Width of the bottleneck from which the steps dt of all channels are projected."""
+    return ceil(dim / 16)
+
+
+def log_rates(dim: int, states: int) -> nn.Parameter:
+    """log(-a), (dim, states), for decays of rates 1, 2, ..., `states` in every channel."""
+    return nn.Parameter(torch.arange(1, states + 1).float().log().repeat(dim, 1))
+
+
+def step_bias(*shape: int, shortest: float = 1e-3, longest: float = 0.1) -> nn.Parameter:
+    """Biases whose softplus, the step of a token that says nothing, lies log-uniformly between the two."""
+    steps = torch.exp(torch.rand(shape) * log(longest / shortest) + log(shortest))
+    return nn.Parameter(steps + torch.log(-torch.expm1(-steps)))
+
+
+class CausalConv(GridConv1d):
+    """A depthwise convolution that looks at a token and the `kernel` - 1 before it: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, dim: int, kernel: int, bias: bool = True) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel - 1, groups=dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return crop(super().forward(x), (x.shape[1],))
+
+
+class Selection(nn.Module):
+    """A scan whose steps, inputs and readouts are projections of its tokens: (B, L, E) -> (B, L, E).
+
+        u = silu(conv(x)),  (r, b, c) = x_proj(u),  dt = softplus(dt_proj(r)),  y = scan(u, dt, a, b, c) + D u
+
+    `rank` is the width of r, `states` the numbers of state a channel. (Gu, Dao, "Mamba", 2023, section 3.2 and 3.4.)
+    """
+
+    undecayed = ("A_log", "D")
+
+    def __init__(self, dim: int, rank: int, states: int = 16, kernel: int = 4) -> None:
+        super().__init__()
+        self.split = (rank, states, states)
+        self.conv = CausalConv(dim, kernel)
+        self.x_proj = nn.Linear(dim, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(rank, dim)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        self.dt_proj.bias = step_bias(dim)
+        self.A_log = log_rates(dim, states)
+        self.D = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scan_together([self], [x])[0]
+
+    def arguments(self, x: Tensor) -> Arguments:
+        """What `selective_scan` takes, from the tokens (B, L, E)."""
+        u = F.silu(self.conv(x))
+        r, b, c = self.x_proj(u).split(self.split, -1)
+        return u, F.softplus(self.dt_proj(r)), -self.A_log.exp(), b, c
+
+    def cost(self, tokens: int) -> int:
+        """Multiply-adds: convolution (also of the tokens that start it), projections, readout n E a token."""
+        kernel = self.conv.kernel_size[0]
+        dim, rank = self.dt_proj.weight.shape
+        return dim * (kernel * (tokens + kernel - 1) + tokens * (sum(self.split) + rank + self.split[-1]))
+
+
+def scan_together(selections: Sequence[Selection], sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Each selection on its own sequence, all of one length, in a single scan."""
+    arguments = [selection.arguments(x) for selection, x in zip(selections, sequences, strict=True)]
+    if len(arguments) == 1:
+        scanned = [selective_scan(*arguments[0])]
+    else:
+        u, dt, a, b, c = (torch.stack(values, 0 if values[0].ndim == 2 else 1)
+                          for values in zip(*arguments, strict=True))
+        scanned = list(selective_scan(u, dt, a, b, c).unbind(1))
+    return [y + selection.D * u for selection, y, (u, *_) in zip(selections, scanned, arguments, strict=True)]
+
+
+def selection_names(theirs: str, ours: str) -> KeyMap:
+    """The authors' names of a selection; `theirs` is what ends each of them ("", "_b", "_0")."""
+    return (
+        (rf"conv1d{theirs}\.(.*)", rf"{ours}.conv.\1"),
+        (rf"(x_proj|dt_proj){theirs}\.(.*)", rf"{ours}.\1.\2"),
+        (rf"(A_log|D){theirs}", rf"{ours}.\1"),
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis, in float32 at least."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class MixerBlock(nn.Module):
+    """x += tail(mixer(norm(x))), on grids (B, *grid, C): the gate within the mixer stands for an MLP."""
+
+    def __init__(self, site: Site, mixer: nn.Module, *, drop_path: float = 0.0, norm: Norm = LAYER_NORM) -> None:
+        super().__init__()
+        self.site = site
+        self.norm = norm(site.dim)
+        self.mixer = mixer
+        self.tail = residual_tail(site.dim, None, drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.tail(self.mixer(self.norm(x)))
