@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.window import crop
+
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -37,3 +39,35 @@ def resample_spectrum(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     flat = weight.flatten(-2).movedim(-1, 0)[None]
     flat = F.interpolate(flat, size=size, mode=MODES[len(size)], align_corners=True)
     return flat[0].movedim(0, -1).unflatten(-1, (-1, 2))
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """y[i] = sum_t kernel[t] x[i - t], zeros around x, a channel by itself: (B, *grid, C) -> the same.
+
+    kernel (*size, C) is no smaller than the grid, its negative t at the end of each axis as in a Fourier transform;
+    from 2 side - 1 places an axis on, all offsets are apart. In float32 at least. Time grows as N log N.
+    """
+    grid, size = tuple(x.shape[1:-1]), tuple(kernel.shape[:-1])
+    precise = torch.promote_types(x.dtype, torch.float32)
+    spectrum = torch.fft.rfftn(kernel.movedim(-1, 0).to(precise).contiguous(), dim=tuple(range(1, kernel.ndim)))
+    # Axis by axis, so that no row of mere zeros is transformed and none that will be cropped.
+    moved = torch.fft.rfft(x.movedim(-1, 1).to(precise).contiguous(), n=size[-1])
+    for axis in range(x.ndim - 2, 1, -1):
+        moved = torch.fft.fft(moved, n=size[axis - 2], dim=axis)
+    moved = moved * spectrum
+    for axis in range(2, x.ndim - 1):
+        moved = torch.fft.ifft(moved, dim=axis)
+        kept = (*grid[: axis - 1], *moved.shape[axis + 1 :])
+        moved = crop(moved.flatten(0, 1)[..., None], kept).squeeze(-1).unflatten(0, tuple(moved.shape[:2]))
+    out = torch.fft.irfft(moved, n=size[-1])
+    return crop(out.movedim(1, -1), grid).contiguous().to(x.dtype)
+
+
+def on_circle(kernel: Tensor) -> Tensor:
+    """The one-sided kernel (*grid, C) of `convolve` with as many zeros behind it: (*(2 side), C)."""
+    return F.pad(kernel, [0, 0, *(end for side in reversed(kernel.shape[:-1]) for end in (0, side))])
+
+
+def turned(kernel: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A kernel of `convolve` that looks the other way along axes: t becomes -t."""
+    return kernel.flip(axes).roll([1] * len(axes), axes) if axes else kernel
