@@ -18,6 +18,7 @@ from typing import Any
 from saccade.core.card import Card
 
 ROOT = Path(__file__).resolve().parents[2]
+EXCEPTIONS = "tests/contracts/exceptions.toml"
 
 
 def cards() -> dict[str, Card]:
@@ -77,11 +78,13 @@ def systems_page() -> str:
 
 
 def counts_line() -> str:
-    """How many systems and models work, for the README's first screen."""
+    """How many systems and models work, and what they break, for the README's first screen."""
     index, rows = build_index(), systems()
+    broken = (ROOT / EXCEPTIONS).read_text(encoding="utf-8").count("[[exception]]\nname")
     verified = sum(row["status"] == "verified" for row in rows)
     return (f"**{verified} of {len(rows)} systems verified · {len(index['models'])} models · "
-            f"{len(index['mixers'])} token mixers** ([table](docs/systems.md))")
+            f"{len(index['mixers'])} token mixers** ([table](docs/systems.md)); {broken} of their contracts are broken by "
+            f"what was published ([list]({EXCEPTIONS}))")
 
 
 def generated() -> Iterator[tuple[Path, str]]:
