@@ -83,8 +83,8 @@ def counts_line() -> str:
     broken = (ROOT / EXCEPTIONS).read_text(encoding="utf-8").count("[[exception]]\nname")
     verified = sum(row["status"] == "verified" for row in rows)
     return (f"**{verified} of {len(rows)} systems verified · {len(index['models'])} models · "
-            f"{len(index['mixers'])} token mixers** ([table](docs/systems.md)); {broken} of their contracts are broken by "
-            f"what was published ([list]({EXCEPTIONS}))")
+            f"{len(index['mixers'])} token mixers** ([table](docs/systems.md)); what was published breaks {broken} of "
+            f"their contracts ([list]({EXCEPTIONS}))")
 
 
 def generated() -> Iterator[tuple[Path, str]]:
