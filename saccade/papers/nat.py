@@ -34,9 +34,9 @@ from saccade.ops.window import crop, pad_end, relative_position_index
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import CONVOLUTIONS, grid_conv
+from saccade.parts.isotropic import Isotropic
 from saccade.parts.merging import PatchMerging
 from saccade.parts.mlp import Mlp
-from saccade.parts.plain import Plain
 from saccade.parts.position import resample
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
@@ -218,24 +218,12 @@ class Downsample(nn.Module):
         return self.norm(self.reduction(x))
 
 
-class Isotropic(Plain):
-    """A Plain without class token and position table: the biases of its blocks tell where tokens stand."""
+class NormedPatches(Isotropic):
+    """An isotropic model whose patches are normed; the biases of its blocks tell where tokens stand."""
 
-    undecayed = ()
-
-    def __init__(
-        self, dim: int, depth: int, heads: int, *, patch: int, in_chans: int = 3, global_pool: str = "avg",
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, depth, heads, patch=patch, prefix=0, norm=_LAYER_NORM, in_chans=in_chans,
-                         global_pool=global_pool, **options)
+    def __init__(self, dim: int, *shape: int, patch: int, in_chans: int = 3, **options: Any) -> None:
+        super().__init__(dim, *shape, patch=patch, norm=_LAYER_NORM, in_chans=in_chans, **options)
         self.stem = PatchEmbed(len(self.grid), in_chans, dim, stride=patch, norm=_LAYER_NORM)
-        self.register_parameter("position", None)
-
-    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The sequence (B, N, C) that enters the first block, and its grid."""
-        x = self.stem(image)
-        return x.flatten(1, -2), tuple(x.shape[1:-1])
 
 
 def alternate(depths: Sequence[int], dilations: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -332,12 +320,12 @@ def isotropic(
     patch: int = 16,
     mixer: Any = None,
     **common: Any,
-) -> Isotropic:
+) -> NormedPatches:
     """An isotropic NAT or DiNAT (`dilation` in odd blocks), or, without a `kernel`, ViT-rpb."""
     def built_in(site: Site) -> nn.Module:
         return Neighborhood(site, kernel, dilation if site.index % 2 else 1) if kernel else RelativeAttention(site)
 
-    return Isotropic(dim, depth, heads, patch=patch, mixer=built_in, replace=mixer, **common)
+    return NormedPatches(dim, depth, heads, patch=patch, mixer=built_in, replace=mixer, **common)
 
 
 def _pyramid(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
-from saccade.papers.nat import AUTHORS, Isotropic, Neighborhood, dinat_s, isotropic, nat
+from saccade.papers.nat import AUTHORS, Neighborhood, NormedPatches, dinat_s, isotropic, nat
 from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
@@ -30,7 +30,7 @@ def build(golden: dict) -> Port:
         model = dinat_s(**common) if what == "DiNAT_s" else nat(layer_scale=args.get("layer_scale"), **common)
     else:
         model = create_model(what, **common)
-        if isinstance(model, Isotropic):
+        if isinstance(model, NormedPatches):
             return Port(model, key_map(AUTHORS(what)))
     last = len(model.stages)
     taps = {f"stage{number}": f"stages.{number}.downsample" for number in range(1, last)} | {
