@@ -6,7 +6,7 @@ BIN := $(dir $(shell $(PYTHON) -c "import sys; print(sys.executable)"))
 else
 BIN := $(CURDIR)/.venv/bin/
 endif
-EXTRAS := train,export,hf,dev
+EXTRAS := train,export,quant,hf,dev
 
 .PHONY: demo test test-all check tables setup
 

@@ -33,7 +33,6 @@ def test_every_mixer_in_three_hosts(name, host):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.slow
 def test_the_matrix_is_of_all_pairs():
     columns = recorded(PAGE.read_text(encoding="utf-8"))
     assert {host: list(cells) for host, cells in columns.items()} == {host: list_mixers() for host in hosts()}
