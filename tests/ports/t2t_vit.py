@@ -1,10 +1,11 @@
-"""T2T-ViT's modules: the whole network, the tokens-to-token stem, its two token transformers."""
+"""T2T-ViT's modules: the whole network, whatever its trunk, the tokens-to-token stem, its two token transformers."""
 
 from __future__ import annotations
 
 import torch
 
-from saccade import Site
+from saccade import Site, create_model
+from saccade.core.load import key_maps
 from saccade.papers.t2t_vit import (
     AUTHORS,
     SIZES,
@@ -16,7 +17,9 @@ from saccade.papers.t2t_vit import (
     TokenTransformer,
     t2t_vit,
 )
+from saccade.papers.t2t_vit_trunks import SIZES as TRUNKS
 from saccade.tools.golden import make_inputs
+from saccade.tools.verify import taps
 from tests.ports.port import Port, State, as_grid, as_tokens, key_map
 
 
@@ -52,16 +55,17 @@ def build(golden: dict) -> Port:
             module = TokensToToken(2, args.get("in_chans", 3), args.get("embed_dim", 768),
                                    width=args.get("token_dim", 64), tokens=args.get("tokens_type", "performer"))
             return Port(module, key_map(STEM), outputs=as_tokens)
-    shape = {
-        ours: args[theirs]
-        for ours, theirs in (("dim", "embed_dim"), ("depth", "depth"), ("heads", "num_heads"), ("qkv_bias", "qkv_bias"),
-                             ("mlp_ratio", "mlp_ratio"), ("tokens", "tokens_type"), ("width", "token_dim"),
-                             ("num_classes", "num_classes")) if theirs in args
-    }
+    options = dict(img_size=tuple(x.shape[2:]), in_chans=x.shape[1], num_classes=args.get("num_classes", 1000))
+    if what.lower() in TRUNKS:
+        name = what.lower()
+        return Port(create_model(name, **options), key_map(key_maps(name)["authors"]), taps=taps(name, golden))
+    theirs = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "qkv_bias": "qkv_bias",
+              "mlp_ratio": "mlp_ratio", "tokens": "tokens_type", "width": "token_dim"}
+    shape = {ours: args[name] for ours, name in theirs.items() if name in args}
     default = dict(dim=768, depth=12, heads=12, mlp_ratio=4.0)
-    shape = SIZES.get(what.lower(), default) | shape | dict(img_size=tuple(x.shape[2:]), in_chans=x.shape[1])
+    shape = SIZES.get(what.lower(), default) | shape | options
     model = t2t_vit(**shape)
     head = (shape["dim"] // shape["heads"]) ** 0.5
-    taps = {"t2t": "stem", "block_last": f"blocks.{shape['depth'] - 1}"}
+    inner = {"t2t": "stem", "block_last": f"blocks.{shape['depth'] - 1}"}
     return Port(model, rescaled(AUTHORS, (args.get("qk_scale") or 1 / head) * head, "mixer"),
-                taps={name: taps[name] for name in golden["outputs"] if name in taps})
+                taps={name: inner[name] for name in golden["outputs"] if name in inner})
