@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops.window import crop
-
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -56,11 +54,9 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         moved = torch.fft.fft(moved, n=size[axis - 2], dim=axis)
     moved = moved * spectrum
     for axis in range(2, x.ndim - 1):
-        moved = torch.fft.ifft(moved, dim=axis)
-        kept = (*grid[: axis - 1], *moved.shape[axis + 1 :])
-        moved = crop(moved.flatten(0, 1)[..., None], kept).squeeze(-1).unflatten(0, tuple(moved.shape[:2]))
-    out = torch.fft.irfft(moved, n=size[-1])
-    return crop(out.movedim(1, -1), grid).contiguous().to(x.dtype)
+        moved = torch.fft.ifft(moved, dim=axis).narrow(axis, 0, grid[axis - 2])
+    out = torch.fft.irfft(moved, n=size[-1]).narrow(-1, 0, grid[-1])
+    return out.movedim(1, -1).contiguous().to(x.dtype)
 
 
 def on_circle(kernel: Tensor) -> Tensor:
