@@ -84,16 +84,19 @@ class TokenAttention(nn.Module):
 
     ranks, prefix, weights = (1, 2, 3), True, True
 
-    def __init__(self, site: Site, width: int | None = None, qkv_bias: bool = False) -> None:
+    def __init__(
+        self, site: Site, width: int | None = None, qkv_bias: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         width = site.dim if width is None else width
         self.scale = site.dim**-0.5
         self.qkv = nn.Linear(site.dim, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = self.qkv(join(x, prefix)).chunk(3, -1)
-        return split(v + self.proj(self.mixed(q, k, v)), x, prefix)
+        return split(v + self.dropout(self.proj(self.mixed(q, k, v))), x, prefix)
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention itself, on tokens (B, N, width)."""
@@ -123,12 +126,11 @@ class TokenPerformer(TokenAttention):
     def __init__(
         self, site: Site, width: int | None = None, ratio: float = 0.5, qkv_bias: bool = True, dropout: float = 0.0
     ) -> None:
-        super().__init__(site, width, qkv_bias)
+        super().__init__(site, width, qkv_bias, dropout)
         width = self.proj.in_features
         count = max(int(width * ratio), 1)
         self.features: Tensor
         self.register_buffer("features", nn.init.orthogonal_(torch.empty(count, width)) * count**0.5)
-        self.dropout = nn.Dropout(dropout)
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention itself, on tokens (B, N, width)."""
@@ -191,7 +193,7 @@ class TokensToToken(nn.Module):
         blocks, channels = [], in_chans
         for side, _ in self.splits:
             site = Site(channels * side**rank, grid=(1,) * rank)
-            blocks.append(TokenTransformer(site, TRANSFORMERS[tokens](site, width), dropout=dropout))
+            blocks.append(TokenTransformer(site, TRANSFORMERS[tokens](site, width, dropout=dropout), dropout=dropout))
             channels = width
         self.blocks = nn.ModuleList(blocks)
         self.project = grid_conv(rank, channels, dim, kernel, stride=stride, padding=_border(kernel, stride))
@@ -246,7 +248,7 @@ def _sizes() -> dict[str, dict[str, Any]]:
         **{depth: dict(dim=64 * heads, depth=depth, heads=heads) for depth, heads in ((14, 6), (19, 7), (24, 8))},
     }
     table = {f"t2t_vit_{depth}": shape for depth, shape in shapes.items()}
-    table |= {f"t2t_vit_t_{depth}": shapes[depth] | dict(tokens="transformer") for depth in (14, 19, 24)}
+    table |= {f"t2t_vit_t_{depth}": shapes[depth] | dict(tokens="transformer", dropout=0.0) for depth in (14, 19, 24)}
     return table | {
         "t2t_vit_14_384": shapes[14] | dict(img_size=384),
         "t2t_vit_14_resnext": shapes[14] | dict(heads=32),
@@ -267,11 +269,11 @@ def t2t_vit(
     width: int = 64,
     splits: Sequence[tuple[int, int]] = ((7, 4), (3, 2), (3, 2)),
     qkv_bias: bool = False,
-    dropout: float = 0.0,
+    dropout: float = 0.1,
     mixer: Any = None,
     **common: Any,
 ) -> T2TViT:
-    """A T2T-ViT of a size; `tokens` are restructured by a "performer" or a "transformer"."""
+    """A T2T-ViT of a size; `tokens` are restructured by a "performer" or a "transformer", with `dropout`."""
     return T2TViT(
         dim, depth, heads, patch=prod(step for _, step in splits),
         stem=partial(TokensToToken, width=width, tokens=tokens, splits=splits, dropout=dropout),
