@@ -15,7 +15,7 @@ from saccade import Site, create_mixer, list_mixers, list_models
 from saccade.core.index import index, paper_module
 
 _FILE = Path(__file__).parent / "exceptions.toml"
-_EXCEPTIONS = tomllib.loads(_FILE.read_text(encoding="utf-8")).get("exception", [])
+EXCEPTIONS = tomllib.loads(_FILE.read_text(encoding="utf-8")).get("exception", [])
 MIXERS = list_mixers()
 # One narrow registered model of each builder stands for its family; the rest differ by numbers alone.
 NARROW = sorted(name for name in list_models() if "_nano" in name)
@@ -24,7 +24,7 @@ GRIDS = [(7, 7), (8, 12), (5, 11), (1, 13), (16, 16)]
 
 def cases(contract: str, names: Iterable[str]) -> list[Any]:
     """The names as test parameters; a declared exception must fail."""
-    broken = {entry["name"]: entry["reason"] for entry in _EXCEPTIONS if entry["contract"] == contract}
+    broken = {entry["name"]: entry["reason"] for entry in EXCEPTIONS if entry["contract"] == contract}
     return [pytest.param(name, marks=pytest.mark.xfail(reason=broken[name], strict=True)) if name in broken else name
             for name in names]
 
