@@ -113,10 +113,14 @@ def run_tapped(model: nn.Module, image: Tensor, where: dict[str, str]) -> dict[s
 
 
 def like(value: Tensor, wanted: dict[str, Any]) -> Tensor:
-    """Our (B, *grid, C) laid out as the authors have it: (B, N, C) or (B, C, *grid), the nearer where both fit."""
+    """Our (B, *grid, C) laid out as the authors have it: (B, N, C), a video's (B, T, N, C), or (B, C, *grid), the
+    nearer where both fit.
+    """
     shape = wanted["shape"]
     if value.ndim >= 3 and [value.shape[0], value.shape[1:-1].numel(), value.shape[-1]] == shape:
         return value.flatten(1, -2)
+    if value.ndim == 5 and [*value.shape[:2], value.shape[2:-1].numel(), value.shape[-1]] == shape:
+        return value.flatten(2, -2)
     swapped = value.movedim(-1, 1)
     if list(value.shape) == shape == list(swapped.shape) and value.ndim > 2:
         return min(value, swapped, key=lambda reading: mismatch(wanted, reading))
