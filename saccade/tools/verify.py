@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,18 @@ def _settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
         settings["num_classes"] = args["num_classes"]
     if image.shape[1] != 3:
         settings["in_chans"] = image.shape[1]
-    return settings
+    said = getattr(paper_module(model_paper(name)), "RECORDED", None)  # what only the note tells
+    return settings | (said(golden) if said is not None else {})
 
 
 def taps(name: str, golden: Golden) -> dict[str, str]:
     """Where each of a golden's inner outputs is in our model, by the paper's TAPS."""
     table = getattr(paper_module(model_paper(name)), "TAPS", {})
-    if callable(table):  # where it differs from model to model
-        table = table(name)
+    return find_taps(table(name) if callable(table) else table, golden)  # callable where models differ
+
+
+def find_taps(table: Mapping[str, str], golden: Golden) -> dict[str, str]:
+    """The modules that a table of patterns names for a golden's outputs."""
     found = {}
     for what in golden["outputs"]:
         for pattern, module in table.items():
@@ -115,8 +121,13 @@ def run_tapped(model: nn.Module, image: Tensor, where: dict[str, str]) -> dict[s
 def like(value: Tensor, wanted: dict[str, Any]) -> Tensor:
     """Our (B, *grid, C) laid out as the authors have it: (B, N, C), a video's (B, T, N, C), or (B, C, *grid), the
     nearer where both fit.
+
+    Steps of time, which stand in our batch axis, may have an axis of their own before it.
     """
     shape = wanted["shape"]
+    if len(shape) > 3 and value.ndim > 2 and value.shape[0] == shape[0] * shape[1] != shape[0]:
+        laid = like(value, wanted | {"shape": [value.shape[0], *shape[2:]]})
+        return laid.reshape(shape) if laid.numel() == prod(shape) else laid
     if value.ndim >= 3 and [value.shape[0], value.shape[1:-1].numel(), value.shape[-1]] == shape:
         return value.flatten(1, -2)
     if value.ndim == 5 and [*value.shape[:2], value.shape[2:-1].numel(), value.shape[-1]] == shape:
