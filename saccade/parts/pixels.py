@@ -1,0 +1,40 @@
+"""Images as patches of pixels: what masked pre-training hides and guesses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def patches_of(image: Tensor, patch: int) -> Tensor:
+    """(B, C, *size) -> (B, N, C patch^n), for sides that are multiples of `patch`."""
+    rank = image.ndim - 2
+    for axis in range(rank):
+        image = image.unflatten(2 + 2 * axis, (-1, patch))
+    order = [0, *range(2, 2 + 2 * rank, 2), 1, *range(3, 3 + 2 * rank, 2)]
+    return image.permute(order).flatten(1 + rank).flatten(1, rank)
+
+
+def image_of(patches: Tensor, patch: int, grid: tuple[int, ...]) -> Tensor:
+    """Undo `patches_of`: (B, N, C patch^n) -> (B, C, *size)."""
+    rank = len(grid)
+    x = patches.unflatten(2, (-1, *[patch] * rank)).unflatten(1, grid)
+    x = x.permute([0, 1 + rank, *(axis for pair in range(rank) for axis in (1 + pair, 2 + rank + pair))])
+    for axis in range(rank):
+        x = x.flatten(2 + axis, 3 + axis)
+    return x
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Pixels less the mean of their patch, by its standard deviation: (B, N, P) -> same.
+
+    (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022, section 3.)
+    """
+    spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - patches.mean(-1, keepdim=True)) / spread
+
+
+def random_mask(batch: int, tokens: int, ratio: float, device: torch.device) -> Tensor:
+    """(B, N) bool: the share `ratio` of the tokens of each image, at random, as many in each (at least 1)."""
+    order = torch.rand(batch, tokens, device=device).argsort(1)
+    return order < max(1, round(ratio * tokens))
