@@ -134,7 +134,8 @@ def send(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     taken, a few senders at a time write to all receivers and no N x N matrix exists.
     """
     fixed = all(isinstance(side, int) for side in q.shape)  # sizes that export leaves open cannot choose
-    if not fixed or torch.is_grad_enabled() or torch.compiler.is_compiling() or _few(q, q.shape[2]):
+    whole = not fixed or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if whole or prod(q.shape[:3]) * q.shape[2] <= WEIGHTS_AT_ONCE:
         return sender_weights(q, k).transpose(-2, -1) @ v
     images, senders = q.flatten(0, 1), max(WEIGHTS_AT_ONCE // (q.shape[2] * prod(q.shape[:2])), 16)
     receivers, values = k.flatten(0, 1), v.flatten(0, 1)
@@ -142,10 +143,6 @@ def send(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for some, theirs in zip(images.split(senders, 1), values.split(senders, 1), strict=True):
         out.baddbmm_(sender_weights(some, receivers).transpose(1, 2), theirs)
     return out.view_as(v)
-
-
-def _few(q: Tensor, senders: int) -> bool:
-    return prod(q.shape[:3]) * senders <= WEIGHTS_AT_ONCE
 
 
 class DependencyBlock(Block):
