@@ -143,7 +143,10 @@ def authors_gradients(
 ) -> dict[str, Tensor]:
     """d(sum(out * cotangent)) / d(authors' tensors and the input), through the differentiable key map."""
     layout = model.load_report.format
-    leaves = {key: value.to(image.dtype).requires_grad_(key in golden["grads"]) for key, value in state.items()}
+    shared = {id(value): value.to(image.dtype) for value in state.values()}  # entries that are one tensor stay one
+    leaves = {key: shared[id(value)] for key, value in state.items()}
+    for key in golden["grads"].keys() & leaves.keys():
+        leaves[key].requires_grad_()
     image = image.clone().requires_grad_()
     ours = rename(leaves, key_maps(name)[str(layout)]).state
     out = torch.func.functional_call(model, ours, (image,))

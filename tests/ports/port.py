@@ -74,7 +74,10 @@ def errors(port: Port, golden: Golden) -> dict[str, float]:
     state, inputs = make_state(golden), make_inputs(golden)
     dtype = next((value.dtype for value in inputs.values() if value.is_floating_point()), torch.float32)
     module = port.module.to(dtype).eval()
-    leaves = {name: value.to(dtype).requires_grad_(name in golden["grads"]) for name, value in state.items()}
+    shared = {id(value): value.to(dtype) for value in state.values()}  # entries that are one tensor stay one
+    leaves = {name: shared[id(value)] for name, value in state.items()}
+    for name in golden["grads"].keys() & leaves.keys():
+        leaves[name].requires_grad_()
     points = {name: value.clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
     ours = port.rename(leaves)
     expected = set(module.state_dict()) - {name for name in module.state_dict() if name.endswith("num_batches_tracked")}
