@@ -1,0 +1,182 @@
+"""LocalMamba: scans that finish a window before they leave it.
+
+Row by row, a token's neighbour below is a whole row away. Here some of the scans go window by window, row by row inside
+each, so that near tokens stay near. A block runs several of these orders: "h" row by row, "v" column by column, "w2",
+"w7" window by window, each also from its end ("_flip"); each has a selection of its own. Of every one of them a gate
+says which channels count,
+    out = out_proj(sum over orders o of gate(y_o) y_o),   y_o = back_o(selection_o(x ordered by o) silu(z)),
+with gate(y) = sigmoid(select(gelu(reduce(mean over tokens of norm(y))))) shared by the orders. Which orders a layer
+runs is found by a search; its results are the published models.
+
+Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024, sections 3.2-3.4.
+
+Any grid: for windows, (x, z) is zero-padded at its end, after in_proj and before convolution and scan, which padded
+tokens take part in, and cropped behind them.
+Quirks kept: the class token keeps its number, floor(N / 2), in every order, padded ones too; "_flip" turns the padding
+to the front. The authors' way back from "v" is right on square grids alone; ours is right on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
+from saccade.core.keymap import KeyMap
+from saccade.core.site import Site
+from saccade.ops.window import crop, merge, pad_to_multiple, partition
+from saccade.parts.ssm import Selection, scan_together, selection_names, step_rank
+
+CARD = Card(
+    "LocalMamba: Visual State Space Model with Windowed Selective Scan",
+    authors="Huang, Pei, You, Wang, Qian, Xu",
+    year=2024,
+    systems=("survey_ssm_medical",),
+    arxiv="2403.09338",
+    code="hunto/LocalMamba@75e5d1f",
+    licence="Apache-2.0",
+    read="paper, code",
+    keywords="windowed selective scan, local scan, scan directions, channel gate",
+    kinds=("mixer",),
+    mixers={"local_mamba": "LocalMamba"},
+    goldens=("op_local_mamba", "op_local_mamba_middle_cls"),
+    tests=("tests/papers/test_local_mamba.py",),
+)
+
+
+class LocalMamba(nn.Module):
+    """Gated sum of selections in several `orders`: (B, *grid, C) -> (B, *grid, C).
+
+    Prefix tokens stand in the middle of every sequence. Raises SaccadeError for an order that is not known.
+    """
+
+    ranks, prefix = (1, 2, 3), True
+    template = ("in_proj", "out_proj")
+
+    def __init__(
+        self, site: Site, orders: Sequence[str] = ("h", "v_flip", "w2", "w7_flip"), states: int = 16, kernel: int = 4,
+        expand: float = 2, rank: int | None = None, bias: bool = False,
+    ) -> None:
+        super().__init__()
+        inner, rank = int(expand * site.dim), step_rank(site.dim) if rank is None else rank
+        self.orders = [Order(name) for name in orders]
+        self.in_proj = nn.Linear(site.dim, 2 * inner, bias=bias)
+        self.selections = nn.ModuleList(Selection(inner, rank, states, kernel) for _ in orders)
+        self.gate = TokenMeanGate(inner)
+        self.out_proj = nn.Linear(inner, site.dim, bias=bias)
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        grid = tuple(x.shape[1:-1])
+        half, count = prod(grid) // 2, 0 if prefix is None else prefix.shape[1]
+        both = self.in_proj(x)
+        beside = None if prefix is None else self.in_proj(prefix)
+        lines = [inserted(order.line(both), beside, half) for order in self.orders]
+        scanned = self._scan([line.chunk(2, -1)[0] for line in lines])
+        total, total_prefix = None, None
+        for order, y, line in zip(self.orders, scanned, lines, strict=True):
+            y, y_prefix = taken_out(y * F.silu(line.chunk(2, -1)[1]), count, half)
+            y = order.back(y, grid)
+            weights = self.gate(torch.cat([y.flatten(1, -2), y_prefix], 1))
+            y, y_prefix = y * weights.view(-1, *[1] * len(grid), weights.shape[-1]), y_prefix * weights
+            total = y if total is None else total + y
+            total_prefix = y_prefix if total_prefix is None else total_prefix + y_prefix
+        out = self.out_proj(total)
+        return out if prefix is None else (out, self.out_proj(total_prefix))
+
+    def _scan(self, lines: list[Tensor]) -> list[Tensor]:
+        """Each selection on its line; orders of one window side have lines of one length and share a scan."""
+        outputs: dict[int, Tensor] = {}
+        for side in {order.window for order in self.orders}:
+            of_side = [number for number, order in enumerate(self.orders) if order.window == side]
+            selections = [self.selections[number] for number in of_side]
+            results = scan_together(selections, [lines[number] for number in of_side])  # type: ignore[arg-type]
+            outputs |= dict(zip(of_side, results, strict=True))
+        return [outputs[number] for number in range(len(lines))]
+
+    def cost(self, site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
+        """Multiply-adds: 3 N C E for the projections, selections of width E on padded grids, C^2 / 4-wide gates."""
+        total = (prod(grid) + prefix) * 3 * self.out_proj.weight.numel()
+        for order, selection in zip(self.orders, self.selections, strict=True):
+            padded = prod(-(-side // order.window) * order.window for side in grid) + prefix
+            total += selection.cost(padded) + 2 * self.gate.select.weight.numel()  # type: ignore[operator]
+        return total
+
+    def reach(self, site: Site) -> None:
+        """The gates see every token."""
+        return None
+
+
+class Order:
+    """A way through a grid, by its name: "h", "v" or "w7" (windows of 7), with "_flip" from its end."""
+
+    def __init__(self, name: str) -> None:
+        kind, _, turned = name.partition("_")
+        windowed = kind[:1] == "w" and kind[1:].isdigit() and int(kind[1:]) > 0
+        if not (kind in ("h", "v") or windowed) or turned not in ("", "flip"):
+            raise SaccadeError(f'local_mamba: no order {name!r}; give "h", "v", "w2", "w7", ..., or one with "_flip"')
+        self.columns, self.flip = kind == "v", turned == "flip"
+        self.window = int(kind[1:]) if windowed else 1
+
+    def line(self, x: Tensor) -> Tensor:
+        """(B, *grid, C) -> (B, N, C), N of the padded grid."""
+        rank = x.ndim - 2
+        if self.columns:
+            x = x.permute(0, *range(rank, 0, -1), rank + 1)
+        if self.window > 1:
+            window = (self.window,) * rank
+            x = partition(pad_to_multiple(x, window), window).unflatten(0, (x.shape[0], -1))
+        tokens = x.flatten(1, -2)
+        return tokens.flip(1) if self.flip else tokens
+
+    def back(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Undo `line`: (B, N, C) -> (B, *grid, C)."""
+        tokens = tokens.flip(1) if self.flip else tokens
+        if self.window > 1:
+            window = (self.window,) * len(grid)
+            padded = tuple(-(-side // self.window) * self.window for side in grid)
+            return crop(merge(tokens.unflatten(1, (-1, prod(window))).flatten(0, 1), window, padded), grid)
+        if self.columns:
+            rank = len(grid)
+            return tokens.unflatten(1, grid[::-1]).permute(0, *range(rank, 0, -1), rank + 1)
+        return tokens.unflatten(1, grid)
+
+
+class TokenMeanGate(nn.Module):
+    """sigmoid(select(gelu(reduce(mean of norm(y))))), hidden width C / 8: (B, N, C) -> (B, 1, C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reduce = nn.Linear(dim, dim // 8)
+        self.select = nn.Linear(dim // 8, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.select(F.gelu(self.reduce(self.norm(y).mean(1, keepdim=True)))).sigmoid()
+
+
+def inserted(tokens: Tensor, prefix: Tensor | None, at: int) -> Tensor:
+    """The sequence with prefix tokens from number `at` on."""
+    return tokens if prefix is None else torch.cat([tokens[:, :at], prefix, tokens[:, at:]], 1)
+
+
+def taken_out(tokens: Tensor, count: int, at: int) -> tuple[Tensor, Tensor]:
+    """Undo `inserted`: the sequence, and the `count` prefix tokens."""
+    if not count:
+        return tokens, tokens[:, :0]
+    return torch.cat([tokens[:, :at], tokens[:, at + count:]], 1), tokens[:, at : at + count]
+
+
+def AUTHORS(orders: int) -> KeyMap:
+    """The authors' names in a mixer of so many orders."""
+    rules = [rule for number in range(orders) for rule in selection_names(f"_{number}", f"selections.{number}")]
+    return (
+        *rules,
+        (r"attn\.norm\.(.*)", r"gate.norm.\1"),
+        (r"attn\.global_reduce\.(.*)", r"gate.reduce.\1"),
+        (r"attn\.channel_select\.(.*)", r"gate.select.\1"),
+    )
