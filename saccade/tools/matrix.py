@@ -1,6 +1,9 @@
 """Every mixer in every backbone: the table of which pairs run, made by running them.
 
-    python -m saccade.tools.matrix        writes docs/matrix.md (minutes: all pairs, forward and backward)
+    python -m saccade.tools.matrix [BACKBONE ...]        writes docs/matrix.md
+
+The rows that are named, or all cells which the page lacks, are tried anew, forward and backward; rows are written one
+by one.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.index import list_mixers, list_models
-from saccade.tools.pages import DOCS, Rows, page
+from saccade.tools.pages import DOCS, Rows, page, recorded
 
 PAGE = DOCS / "matrix.md"
 RUNS = "✓"
@@ -61,14 +64,21 @@ def matrix(rows: Rows) -> str:
     return page("Every mixer in every backbone", text, list_mixers(), rows)
 
 
-def main() -> int:
-    rows = {}
-    for host in hosts():
-        rows[host] = column(host)
-        print(host, sum(cell == RUNS for cell in rows[host].values()), "of", len(rows[host]), flush=True)
-    write_whole(PAGE, matrix(rows))
+def main(*names: str) -> int:
+    for host in names or hosts():
+        row = {} if names else recorded_rows().get(host, {})
+        row = {mixer: row.get(mixer) or try_cell(host, mixer) for mixer in list_mixers()}
+        print(host, list(row.values()).count(RUNS), "of", len(row), flush=True)
+        known = recorded_rows() | {host: row}
+        write_whole(PAGE, matrix({each: known[each] for each in hosts() if each in known}))
     return 0
 
 
+def recorded_rows() -> dict[str, dict[str, str]]:
+    """The page as it is, with the mixers of today; those that it lacks are empty."""
+    rows = recorded(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+    return {host: {mixer: cells.get(mixer, "") for mixer in list_mixers()} for host, cells in rows.items()}
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
