@@ -5,7 +5,8 @@ no query meets a key. Every token then sums what the windows that hold it say of
     A_i = softmax(W_a mean(x near i) / sqrt(d)),   out_p = proj(sum over the windows i with p of (A_i v_window(i))_p),
 v = W_v x. Centres stand `stride` apart, and what a centre projects is the mean of its stride x stride tokens. The
 outlookers work on patches of 8 x 8 pixels; self-attention at half that grid follows, then blocks in which a class token
-alone attends. Every token is classified, not the class token alone.
+alone attends. Every token is
+classified, not the class token alone (`saccade.learn.token_labeling` trains so).
 
 Yuan, Hou, Jiang, Feng, Yan, "VOLO: Vision Outlooker for Visual Recognition", 2021, section 3.
 
@@ -80,7 +81,7 @@ CARD = Card(
     aliases={f"volo_d{size}_224": f"volo_d{size}" for size in range(1, 6)},
     weights={name: Weights(f"{_ADDRESS}{row[3]}.pth.tar", licence="Apache-2.0") for name, row in _TABLE.items()},
     goldens=("volo_d1", "op_outlook_attention", "op_outlook_attention_stride1"),
-    tests=("tests/papers/test_volo.py",),
+    tests=("tests/papers/test_volo.py", "tests/learn/test_token_labeling.py"),
 )
 
 

@@ -53,7 +53,10 @@ class TokenLabelled(Pyramid):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """The sequence (B, 1 + N, C): the class token, then the grid of the last stage, after the final norm."""
-        x = self.stem(image)
+        return self.after_stem(self.stem(image))
+
+    def after_stem(self, x: Tensor) -> Tensor:
+        """`forward_features` from the stem's map (B, *grid, C) on: training may mix the tokens of images before."""
         for stage in self.stages:
             x = stage(x)
         return self.norm(self.class_blocks(join(x, self.class_token(x))))
