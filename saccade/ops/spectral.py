@@ -45,18 +45,23 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     kernel (*size, C) is no smaller than the grid, its negative t at the end of each axis as in a Fourier transform;
     from 2 side - 1 places an axis on, all offsets are apart. In float32 at least. Time grows as N log N.
     """
-    grid, size = tuple(x.shape[1:-1]), tuple(kernel.shape[:-1])
+    out = convolve_last(x.movedim(-1, 1).contiguous(), kernel.movedim(-1, 0).contiguous(), x.ndim - 2)
+    return out.movedim(1, -1).contiguous()
+
+
+def convolve_last(x: Tensor, kernel: Tensor, rank: int) -> Tensor:
+    """`convolve` over the last `rank` axes of x (..., *grid) and kernel (..., *size); those before them broadcast."""
+    grid, size = tuple(x.shape[-rank:]), tuple(kernel.shape[-rank:])
     precise = torch.promote_types(x.dtype, torch.float32)
-    spectrum = torch.fft.rfftn(kernel.movedim(-1, 0).to(precise).contiguous(), dim=tuple(range(1, kernel.ndim)))
+    spectrum = torch.fft.rfftn(kernel.to(precise), dim=tuple(range(-rank, 0)))
     # Axis by axis, so that no row of mere zeros is transformed and none that will be cropped.
-    moved = torch.fft.rfft(x.movedim(-1, 1).to(precise).contiguous(), n=size[-1])
-    for axis in range(x.ndim - 2, 1, -1):
-        moved = torch.fft.fft(moved, n=size[axis - 2], dim=axis)
+    moved = torch.fft.rfft(x.to(precise), n=size[-1])
+    for axis in range(-2, -rank - 1, -1):
+        moved = torch.fft.fft(moved, n=size[axis], dim=axis)
     moved = moved * spectrum
-    for axis in range(2, x.ndim - 1):
-        moved = torch.fft.ifft(moved, dim=axis).narrow(axis, 0, grid[axis - 2])
-    out = torch.fft.irfft(moved, n=size[-1]).narrow(-1, 0, grid[-1])
-    return out.movedim(1, -1).contiguous().to(x.dtype)
+    for axis in range(-rank, -1):
+        moved = torch.fft.ifft(moved, dim=axis).narrow(axis, 0, grid[axis])
+    return torch.fft.irfft(moved, n=size[-1]).narrow(-1, 0, grid[-1]).to(x.dtype)
 
 
 def on_circle(kernel: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ A table of offsets (heads, *(2 side - 1)) holds the offset 0 in its middle.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.spectral import convolve_last
 from saccade.ops.tables import table
 
 
@@ -48,3 +52,27 @@ def toeplitz(offsets: Tensor, keys: tuple[int, ...]) -> Tensor:
 def pairs(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) place of the offset of each pair along one axis."""
     return torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] + queries - 1
+
+
+def by_queries(grid: tuple[int, ...], step: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of `step` query rows of a grid's first axis: their tokens, and their part of a table's first axis.
+
+    `toeplitz(offsets[:, part], grid)` are then the rows of `toeplitz(offsets, grid)` at those tokens.
+    """
+    across = torch.Size(grid[1:]).numel()
+    for first in range(0, grid[0], step):
+        last = min(first + step, grid[0])
+        yield slice(first * across, last * across), slice(grid[0] - last, 2 * grid[0] - 1 - first)
+
+
+def toeplitz_product(offsets: Tensor, x: Tensor) -> Tensor:
+    """y[..., i] = sum_j offsets[j - i] x[..., j] by Fourier transforms, in N log N: offsets (heads, *(2 side - 1)).
+
+    x (B, heads, *others, *grid) -> the same.
+    """
+    rank = offsets.ndim - 1
+    kernel = offsets.flip(tuple(range(1, rank + 1)))  # by query - key, and then those of 0 and more first
+    for axis, side in enumerate(x.shape[-rank:], start=1):
+        ahead = F.pad(kernel.movedim(axis, -1).narrow(-1, side - 1, side), (0, 1)).movedim(-1, axis)
+        kernel = torch.cat([ahead, kernel.narrow(axis, 0, side - 1)], axis)
+    return convolve_last(x, kernel.view(-1, *[1] * (x.ndim - 2 - rank), *kernel.shape[1:]), rank)

@@ -28,7 +28,7 @@ from saccade.core.record import recording
 from saccade.core.site import Site
 from saccade.ops.attend import affinity
 from saccade.ops.tables import table
-from saccade.ops.toeplitz import at_offsets, toeplitz
+from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz
 from saccade.parts.attention import check_heads
 from saccade.parts.mlp import Mlp
 from saccade.parts.tokens import global_tokens
@@ -161,17 +161,13 @@ class UniversalRelative(UniversalAttention):
 
 def in_pieces(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, factor: Tensor, grid: tuple[int, ...]) -> Tensor:
     """(softmax(q k^T + b) c) v of (B, heads, N, d), some queries at a time, so that their weights stay in the cache."""
-    across, keys = torch.Size(grid[1:]).numel(), k.shape[-2]
-    step = max(1, WHOLE // (q.shape[0] * across * keys))
+    step = max(1, WHOLE * grid[0] // (q.shape[0] * k.shape[-2] ** 2))
     heads = []
     for head in range(q.shape[1]):
         pieces = []
-        for first in range(0, grid[0], step):
-            rows = min(step, grid[0] - first)
-            place = slice(grid[0] - first - rows, 2 * grid[0] - 1 - first)  # of the offsets from these queries
-            logits = torch.baddbmm(toeplitz(bias[head:head + 1, place], grid),
-                                   q[:, head, first * across:(first + rows) * across], k[:, head].mT)
-            weights = logits.softmax(-1).mul_(toeplitz(factor[head:head + 1, place], grid))
+        for queries, part in by_queries(grid, step):
+            inside, after = (toeplitz(offsets[head:head + 1, part], grid) for offsets in (bias, factor))
+            weights = torch.baddbmm(inside, q[:, head, queries], k[:, head].mT).softmax(-1).mul_(after)
             pieces.append(weights @ v[:, head])
         heads.append(torch.cat(pieces, 1))
     return torch.stack(heads, 1)
