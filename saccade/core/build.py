@@ -38,7 +38,8 @@ def create_model(
     """Build a registered model: `create_model("biformer_tiny", num_classes=10, img_size=(192, 256))`.
 
     Options that all models know: num_classes (0: no head), in_chans, img_size (the native grid; any size runs),
-    drop_path_rate, global_pool, prefix_mode (Plain). `mixer` replaces the token mixers: a name, a callable
+    drop_path_rate, global_pool ("avg", "max", "gem", "ggem", "" for none, "token" where there is a class token, or a
+    callable channels -> Module), prefix_mode (Plain). `mixer` replaces the token mixers: a name, a callable
     `site -> Module`, a list with one per stage, or a dict {pattern of module names: mixer}; further options go to the
     named mixer. `checkpoint_path` loads the authors', timm's or our own weights, every key accounted for (`fresh` lists
     what shall not be loaded); the report is `model.load_report`. `features_only` gives a model that returns the maps of

@@ -30,7 +30,7 @@ from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.record import note
 from saccade.core.site import Site
 from saccade.parts.convolution import conv_norm
-from saccade.parts.head import pool
+from saccade.parts.head import pool, pooling
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.resnet import BLOCK_NAMES, Bottleneck, resnet_pyramid, resnet_stem
@@ -148,14 +148,14 @@ class Neck(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, global_pool: str) -> None:
         super().__init__()
-        self.global_pool = global_pool
+        self.pool = pooling(global_pool, dim)
         self.norm = BatchNorm(dim)
         del self.norm.bias
         self.norm.register_buffer("bias", torch.zeros(dim))
         self.fc = nn.Linear(dim, num_classes, bias=False) if num_classes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(pool(x, self.global_pool))
+        x = self.norm(self.pool(x))
         return F.normalize(x, dim=-1) if self.fc is None else self.fc(x)
 
 

@@ -35,6 +35,7 @@ from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import Attention, check_heads
+from saccade.parts.head import grid_pooling
 from saccade.parts.mlp import Mlp
 from saccade.parts.plain import Plain, TokenBlock, beside_prefix
 from saccade.parts.tokens import global_tokens
@@ -210,6 +211,7 @@ class ConViT(Plain):
         pool = "avg" if global_pool == "token" else global_pool  # to Plain this is a model without prefix tokens
         super().__init__(*args, prefix=0, block=block, global_pool=pool, **options)
         self.global_pool = global_pool
+        self.pool = grid_pooling(global_pool, self.num_features, self.heads)
         self.class_token = nn.Parameter(torch.empty(1, self.num_features))
         nn.init.trunc_normal_(self.class_token, std=0.02)
         for module in self.modules():
@@ -241,7 +243,7 @@ class ConViT(Plain):
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Class scores from the class token (or the mean of the grid tokens)."""
         joined = int(len(self.blocks) > self.local)
-        return super().forward_head(tokens[:, joined:] if self.global_pool == "avg" else tokens)
+        return super().forward_head(tokens[:, joined:] if self.pool is not None else tokens)
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -36,6 +36,7 @@ from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, DropPath, Norm
 from saccade.parts.class_attention import ClassAttention
 from saccade.parts.convolution import grid_conv
+from saccade.parts.head import pool_tokens, pooling
 from saccade.parts.mlp import Mlp
 from saccade.parts.plain import TokenBlock, beside_prefix, initialise
 from saccade.parts.position import MODES, is_native, resample
@@ -274,8 +275,10 @@ class CrossViT(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put new heads of `num_classes` (0: none; the branches' tokens are then joined) in place."""
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        if self.global_pool not in ("token", "avg"):
-            raise SaccadeError(f'global_pool={self.global_pool!r}: choose "token" or "avg"; two branches have two maps')
+        if self.global_pool == "":
+            raise SaccadeError('global_pool="": choose "token" or a pooling; two branches have two maps')
+        token = self.global_pool == "token"
+        self.pools = None if token else nn.ModuleList(pooling(self.global_pool, dim) for dim in self.dims)
         self.num_classes = num_classes
         self.head = nn.ModuleList(nn.Linear(dim, num_classes) for dim in self.dims) if num_classes else None
         self.removed = () if num_classes else ("head",)
@@ -301,8 +304,9 @@ class CrossViT(Backbone):
         return [norm(x) for norm, x in zip(self.norm, after[-1], strict=True)]
 
     def forward_head(self, tokens: Sequence[Tensor]) -> Tensor:
-        """The mean of the branches' class scores, each from its class token (or the mean of its patch tokens)."""
-        pooled = [x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1) for x in tokens]
+        """The mean of the branches' class scores, each from its class token (or its pooled patch tokens)."""
+        pooled = [pool_tokens(x, self.global_pool, 1, self.pools[number] if self.pools is not None else None)
+                  for number, x in enumerate(tokens)]
         if self.head is None:
             return torch.cat(pooled, -1)
         return torch.stack([fc(x) for fc, x in zip(self.head, pooled, strict=True)]).mean(0)

@@ -34,7 +34,7 @@ from saccade.ops.pooling import adaptive_mean
 from saccade.parts.attention import Attention
 from saccade.parts.block import Block
 from saccade.parts.convolution import conv_norm, depthwise, grid_conv
-from saccade.parts.head import Head, pool
+from saccade.parts.head import Head
 from saccade.parts.merging import ConvMerging, NormedMerging
 from saccade.parts.mlp import EarlyLocalMlp, Gelu, Mlp
 from saccade.parts.norm import BatchNorm
@@ -143,7 +143,7 @@ class TokenLabelHead(Head):
             self.fc = TokenLabels(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = pool(x, self.global_pool)
+        pooled = self.pool(x)
         return self.fc(pooled, x) if isinstance(self.fc, TokenLabels) else pooled
 
 

@@ -29,7 +29,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.parts.convolution import grid_conv
-from saccade.parts.head import Head, pool
+from saccade.parts.head import Head
 from saccade.parts.mobilenet import INVERTED_ROWS, MobileNet, Row, places, torchvision_names
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
@@ -173,7 +173,7 @@ class EmbeddingHead(Head):
             self.fc = nn.Sequential(nn.Linear(dim, num_classes), BatchNorm(num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(pool(self.norm(x), self.global_pool))
+        return self.fc(self.pool(self.norm(x)))
 
 
 SIZES: dict[str, dict[str, Any]] = {

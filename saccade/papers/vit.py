@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, without_first_axis
 from saccade.parts.attention import Attention
+from saccade.parts.head import Pooling
 from saccade.parts.plain import Plain
 
 _ADDRESS = "https://dl.fbaipublicfiles.com/deit/"
@@ -78,7 +79,7 @@ class Distilled(Plain):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, prefix=2, **options)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: Pooling | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.head_distilled = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.removed = () if num_classes else ("head", "head_distilled")

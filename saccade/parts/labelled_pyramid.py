@@ -14,6 +14,7 @@ from saccade.core.site import MixerFactory, Site
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.class_attention import ClassBlock
 from saccade.parts.convolution import conv_norm, grid_conv
+from saccade.parts.head import grid_pooling, pool_tokens
 from saccade.parts.merging import ConvMerging
 from saccade.parts.mlp import ConvMlp
 from saccade.parts.pyramid import Pyramid
@@ -27,15 +28,13 @@ class TokenLabelled(Pyramid):
     A subclass gives `class_token(x)`, the token (B, 1, C) for a last map x, and sets `class_blocks`, what mixes it with
     the grid tokens; `norm` comes after them. Scores are head(class token) + max over the grid tokens of
     head_aux(token) / 2. `label_scores` gives the two apart, for training with a label a token. `global_pool` is "token"
-    (as said), "avg" (head of the mean of the grid tokens) or "" (of every token); these have no head_aux.
+    (as said), a pooling (head of the pooled grid tokens) or "" (of every token); these have no head_aux.
     (Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", 2021, section 3.2.)
     """
 
     class_blocks: nn.Module
 
     def __init__(self, *args: Any, global_pool: str = "token", **options: Any) -> None:
-        if global_pool not in ("token", "avg", ""):
-            raise SaccadeError(f'global_pool={global_pool!r}: choose "token", "avg" or ""')
         super().__init__(*args, head=self._linear, global_pool=global_pool, **options)
 
     def _linear(self, dim: int, num_classes: int, global_pool: str) -> nn.Module:
@@ -43,6 +42,7 @@ class TokenLabelled(Pyramid):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
+        self.pool = grid_pooling(self.global_pool, self.num_features)
         labels = num_classes and self.global_pool == "token"
         self.head_aux = nn.Linear(self.num_features, num_classes) if labels else None
         self.removed = () if labels else ("head_aux",) if num_classes else ("head", "head_aux")
@@ -66,11 +66,7 @@ class TokenLabelled(Pyramid):
         if self.head_aux is not None:
             scores, labels = self.label_scores(tokens)
             return scores + 0.5 * labels.amax(1)
-        if self.global_pool == "token":
-            tokens = tokens[:, 0]
-        elif self.global_pool == "avg":
-            tokens = tokens[:, 1:].mean(1)
-        return self.head(tokens)
+        return self.head(pool_tokens(tokens, self.global_pool, 1, self.pool))
 
     def label_scores(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the class token (B, classes) and of each grid token (B, N, classes)."""

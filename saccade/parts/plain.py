@@ -15,6 +15,7 @@ from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block, Norm
+from saccade.parts.head import Pooling, grid_pooling, pool_tokens
 from saccade.parts.position import is_native, resample
 from saccade.parts.pyramid import check_sizes, drop_path_rates, undecayed
 from saccade.parts.stem import PatchEmbed
@@ -77,15 +78,16 @@ class Plain(Backbone):
         in_chans: int = 3,
         img_size: int | Sequence[int] = 224,
         drop_path_rate: float = 0.0,
-        global_pool: str = "token",
+        global_pool: Pooling = "token",
         prefix_mode: str | None = None,
         replace: Any = None,
     ) -> None:
         super().__init__()
         size = check_sizes(num_classes, in_chans, img_size)
-        if global_pool not in ("token", "avg", "") or (global_pool == "token" and not prefix):
-            raise SaccadeError(f'global_pool={global_pool!r}: choose "avg", "", or, with a class token, "token"')
-        self.in_chans, self.global_pool = in_chans, global_pool
+        if global_pool == "token" and not prefix:
+            raise SaccadeError('global_pool="token": this model has no class token; choose "avg", "gem", "ggem", ...')
+        self.in_chans, self.heads = in_chans, heads
+        self.global_pool: Pooling = global_pool
         self.grid = tuple(-(-side // patch) for side in size)
         self.stem = PatchEmbed(len(size), in_chans, dim, stride=patch)
         self.prefix = nn.Parameter(torch.zeros(prefix, dim)) if prefix else None
@@ -111,10 +113,11 @@ class Plain(Backbone):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: Pooling | None = None) -> None:
         """Put a new head of `num_classes` (0: none) in place."""
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
+        self.pool = grid_pooling(self.global_pool, self.num_features, self.heads)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.removed = () if num_classes else ("head",)
 
@@ -162,12 +165,8 @@ class Plain(Backbone):
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """Class scores from the class token (or the mean of the grid tokens)."""
-        if self.global_pool == "token":
-            tokens = tokens[:, 0]
-        elif self.global_pool == "avg":
-            tokens = tokens[:, self.prefix_count:].mean(1)
-        return self.head(tokens)
+        """Class scores from the class token (or the pooled grid tokens)."""
+        return self.head(pool_tokens(tokens, self.global_pool, self.prefix_count, self.pool))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, *size) -> (B, classes)."""

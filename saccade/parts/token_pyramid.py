@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
+from saccade.parts.head import grid_pooling, pool_tokens
 from saccade.parts.plain import TokenBlock, beside_prefix
 from saccade.parts.pyramid import Pyramid, Stage
 from saccade.parts.tokens import join, split
@@ -42,7 +42,8 @@ class TokenPyramid(Pyramid):
     """A Pyramid with a class token in its last stage; the head reads norm(class token).
 
     `block(site, mixer, drop_path=rate, kind=Block or TokenBlock)` builds the blocks. `prefix_mode` says what the class
-    token receives from a mixer that knows only the grid (see Plain). `global_pool` is "token", "avg" or "".
+    token receives from a mixer that knows only the grid (see Plain). `global_pool` is "token", "" or a pooling of
+    the grid tokens.
     """
 
     def __init__(
@@ -56,8 +57,6 @@ class TokenPyramid(Pyramid):
         prefix_mode: str | None = None,
         **common: Any,
     ) -> None:
-        if global_pool not in ("token", "avg", ""):
-            raise SaccadeError(f'global_pool={global_pool!r}: choose "token", "avg" or ""')
 
         def build(site: Site, mixer: nn.Module, drop_path: float) -> nn.Module:
             if site.stage < len(depths) - 1:
@@ -73,6 +72,7 @@ class TokenPyramid(Pyramid):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
+        self.pool = grid_pooling(self.global_pool, self.num_features)
         self.removed = () if num_classes else ("head",)
 
     def features(self, image: Tensor) -> list[Tensor]:
@@ -90,9 +90,5 @@ class TokenPyramid(Pyramid):
         return self.norm(join(*x))
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """Class scores from the class token (or the mean of the grid tokens)."""
-        if self.global_pool == "token":
-            tokens = tokens[:, 0]
-        elif self.global_pool == "avg":
-            tokens = tokens[:, 1:].mean(1)
-        return self.head(tokens)
+        """Class scores from the class token (or the pooled grid tokens)."""
+        return self.head(pool_tokens(tokens, self.global_pool, 1, self.pool))
