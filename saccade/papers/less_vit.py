@@ -11,6 +11,7 @@ Si, Wan, Do, Vasisht, Zhao, Hamann, "Towards Scalable Foundation Model for Multi
 Data", 2025, section 3.
 
 Any grid: the first axis stands for the bands, the others for the places; nothing belongs to a size.
+Not here: the backbone, with its continuous embedding of positions and wavelengths, and its masked autoencoder.
 Quirks kept: all ranks share one value; summaries are normalised a second time before they attend.
 """
 
@@ -171,7 +172,7 @@ class LessAttention(nn.Module):
         return A * T * site.dim * widths + self.of_bands.cost(A, T) + self.of_places.cost(T, A) + attention
 
 
-# The authors' names of a block (its norms and MLP keep theirs); those of the attention alone are ours.
+# The authors' names of a block (its norms and MLP have the same here); those of the attention alone are ours.
 AUTHORS: KeyMap = (
     (r"low_dim_pool\.channel_linear\.(.*)", r"mixer.to_bands.\1"),
     (r"low_dim_pool\.spatial_linear\.(.*)", r"mixer.to_places.\1"),
