@@ -23,7 +23,8 @@ def test_every_claimed_system_is_of_the_mission_and_claimed_once():
     assert len(slugs) == len(set(slugs)) == 248
     claims = [slug for card in cards().values() for slug in card.systems]
     assert set(claims) <= set(slugs)
-    assert len(claims) == len(set(claims))
+    own = [slug for slug in claims if not slug.startswith("survey_")]  # what a survey treats fills several files
+    assert len(own) == len(set(own))
 
 
 @pytest.mark.parametrize("paper", cards())
