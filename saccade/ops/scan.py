@@ -136,13 +136,7 @@ def entering(left: Tensor, decay: Tensor, axis: int) -> Tensor:
 
 def _delayed(x: Tensor, by: int, axis: int) -> Tensor:
     """x moved `by` places along an axis, zeros in front."""
-    count = x.shape[axis]
-    if isinstance(count, int):
-        by = min(by, count)
-        return torch.cat([torch.zeros_like(x.narrow(axis, 0, by)), x.narrow(axis, 0, count - by)], axis)
-    place = torch.arange(count, device=x.device) - by
-    there = (place >= 0).to(x.dtype).view(-1, *[1] * (-axis - 1))
-    return x.index_select(axis, place.clamp(min=0)) * there
+    return F.pad(x, [*[0, 0] * (-axis - 1), by, 0]).narrow(axis, 0, x.shape[axis])
 
 
 def _chunks(x: Tensor, steps: int) -> Tensor:
