@@ -138,7 +138,7 @@ def importance(affinity: Affinity) -> list[Tensor]:
 
         with record(model) as r: model(images)
         importance(r["blocks.0.mixer"])[0].mean(-1)      # of each token
-    Source: Ioannides et al., 2024, section 3, "Importance Factor".
+    Source: Ioannides et al., 2024, on the Importance Factor.
     """
     factors = []
     for part in affinity.parts:

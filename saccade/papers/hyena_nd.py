@@ -338,6 +338,7 @@ MIXER: KeyMap = (
     ("filter", "filter.weight", _places_first),
     ("bias", "bias", torch.flatten),
 )
+# Rates and shifts of a learned window, before the rules of MIXER.
 LEARNED: KeyMap = (
     *((rf"filter_fn\.(?:{name})", f"filter.{ours}#{number}", _as_row)
       for number, axis in enumerate("XY") for ours, name in (
