@@ -49,15 +49,15 @@ class SlowNet(nn.Module):
                 nn.init.ones_(layer.bias)
             self.out.weight.mul_(self.plane.numel() ** -0.5)
 
-    def forward(self, grid: tuple[int, ...]) -> Tensor:
+    def forward(self, grid: tuple[int, ...], seen: Tensor | None = None) -> Tensor:
         places = coordinates(tuple(grid), self.plane.device, self.plane.dtype)
         plane = resample(self.plane[None, ..., None], grid)[0]
         hidden = torch.sin(self.waves[0](places))
         for number, layer in enumerate(self.layers):
-            hidden = self.adjust(torch.sin(self.waves[number + 1](places)) * layer(hidden) + plane, number)
+            hidden = self.adjust(torch.sin(self.waves[number + 1](places)) * layer(hidden) + plane, number, seen)
         return self.out(hidden)
 
-    def adjust(self, hidden: Tensor, number: int) -> Tensor:
+    def adjust(self, hidden: Tensor, number: int, seen: Tensor | None) -> Tensor:
         """What happens to the hidden map after each layer: nothing here."""
         return hidden
 
@@ -86,9 +86,9 @@ class ContextSlowNet(SlowNet):
         self.factors = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        self.seen = F.gelu(self.context(self.reduce(adaptive_mean(x, (self.kernel,) * 2)).mean(0)))
-        return super().forward((self.kernel,) * 2)
+        seen = F.gelu(self.context(self.reduce(adaptive_mean(x, (self.kernel,) * 2)).mean(0)))
+        return super().forward((self.kernel,) * 2, seen)
 
-    def adjust(self, hidden: Tensor, number: int) -> Tensor:
+    def adjust(self, hidden: Tensor, number: int, seen: Tensor | None) -> Tensor:
         length = hidden.flatten(0, 1).norm(dim=0).clamp(min=1e-12)
-        return (hidden.detach() + 0.1 * hidden / length) * self.factors[number](self.seen)
+        return (hidden.detach() + 0.1 * hidden / length) * self.factors[number](seen)

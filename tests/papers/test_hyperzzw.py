@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from saccade import Site, create_mixer, create_model
@@ -54,6 +56,12 @@ def test_local_loss():
         torch.nn.init.zeros_(block.slow.out.weight)
         torch.nn.init.zeros_(block.slow.out.bias)
     assert model.feedback() == 0
+
+
+def test_a_model_in_training_can_be_copied():
+    model = create_model("terminator_nano", num_classes=2)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    copy.deepcopy(model)
 
 
 def test_channels_are_repeated():
