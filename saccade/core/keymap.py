@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Change = Callable[[Tensor], Any]
+pattern = lru_cache(maxsize=None)(re.compile)  # re's own cache holds 512, and deep models have more rules
 
 
 class Dropped(NamedTuple):
@@ -61,7 +63,7 @@ def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:
 
     The groups of `theirs` come first; those of the rules are counted on.
     """
-    count = re.compile(theirs).groups
+    count = pattern(theirs).groups
 
     def moved(target: str) -> str:
         return ours + re.sub(r"\\(\d)", lambda group: f"\\{int(group[1]) + count}", target)
@@ -97,7 +99,7 @@ def rename(state: Mapping[str, Tensor], rules: KeyMap) -> Renamed:
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, value in state.items():
         for rule in rules:
-            match = re.fullmatch(rule[0], name)
+            match = pattern(rule[0]).fullmatch(name)
             if match:
                 break
         else:

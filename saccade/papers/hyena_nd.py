@@ -32,6 +32,7 @@ from saccade.ops.spectral import convolve, on_circle, turned
 from saccade.ops.tables import table
 from saccade.parts.attention import Attention
 from saccade.parts.convolution import grid_conv
+from saccade.parts.head import Pooling
 from saccade.parts.plain import Plain
 from saccade.parts.position import is_native, resample
 
@@ -265,15 +266,14 @@ class HyenaNd(nn.Module):
         return None
 
 
-class FirstPatch(Plain):
-    """A Plain without class token whose scores are those of its first patch."""
+class FirstPatch(nn.Module):
+    """The first patch stands for the image: (B, N, C) -> (B, C)."""
 
-    def __init__(self, *args: Any, global_pool: str = "first", **options: Any) -> None:
-        super().__init__(*args, prefix=0, global_pool="avg", **options)
-        self.global_pool = global_pool
+    def __init__(self, dim: int) -> None:
+        super().__init__()
 
-    def forward_head(self, tokens: Tensor) -> Tensor:
-        return self.head(tokens[:, 0]) if self.global_pool == "first" else super().forward_head(tokens)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 def _sizes() -> dict[str, dict[str, Any]]:
@@ -299,8 +299,9 @@ def hyena_nd(
     direction: str = "seq",
     direct: bool = False,
     filters: dict[str, Any] | None = None,
+    global_pool: Pooling = FirstPatch,
     **common: Any,
-) -> FirstPatch:
+) -> Plain:
     """A DeiT of Hyena blocks, or of so many (`hyena`) before attention; `filters` are options of `Filter`."""
 
     def built_in(site: Site) -> nn.Module:
@@ -308,7 +309,8 @@ def hyena_nd(
             return Attention(site)
         return HyenaNd(site, order, width, direction, direct, **(filters or {}))
 
-    return FirstPatch(dim, depth, heads, patch=patch, mixer=built_in, replace=mixer, **common)
+    return Plain(dim, depth, heads, patch=patch, prefix=0, mixer=built_in, global_pool=global_pool, replace=mixer,
+                 **common)
 
 
 def _without_axis(value: Tensor) -> Tensor:

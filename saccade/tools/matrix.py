@@ -15,7 +15,7 @@ import torch
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
-from saccade.core.index import list_mixers, list_models
+from saccade.core.index import list_mixers, list_models, model_paper, paper_module
 from saccade.tools.pages import DOCS, Rows, page, recorded
 
 PAGE = DOCS / "matrix.md"
@@ -24,8 +24,12 @@ SIZE = (37, 29)  # no multiple of any stride, window or kernel
 
 
 def hosts() -> list[str]:
-    """One narrow model of each backbone family."""
-    return list_models("*_nano")
+    """One narrow model of each backbone family: of each builder of each paper."""
+    families: dict[tuple[str, str], str] = {}
+    for name in list_models("*_nano"):
+        paper = model_paper(name)
+        families.setdefault((paper, paper_module(paper).SIZES[name].get("builder", paper)), name)
+    return list(families.values())
 
 
 def try_cell(host: str, mixer: str) -> str:

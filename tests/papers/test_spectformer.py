@@ -73,6 +73,6 @@ def test_scores_are_the_class_token_s_and_half_the_best_label_s():
 
 
 def test_what_makes_no_sense_is_one_line():
-    for options, said in [(dict(global_pool="max"), '"token", "avg" or ""'), (dict(patch=3), "stride is even")]:
+    for options, said in [(dict(global_pool="first"), "choose one of"), (dict(patch=3), "stride is even")]:
         with pytest.raises(SaccadeError, match=said):
             create_model("spectformer_h_nano", **options)

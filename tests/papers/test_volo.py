@@ -63,6 +63,6 @@ def test_outlookers_know_no_drop_path_and_the_rest_is_left_out():
 
 def test_what_makes_no_sense_is_one_line():
     for options, said in [(dict(kernel=4), "odd side"), (dict(patch=5), "stride is even"),
-                          (dict(global_pool="max"), '"token", "avg" or ""')]:
+                          (dict(global_pool="first"), "choose one of")]:
         with pytest.raises(SaccadeError, match=said):
             create_model("volo_nano", **options)
