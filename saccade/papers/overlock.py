@@ -187,7 +187,8 @@ class FocusBlock(ContMixBlock):
 
     def values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         value = self.fusion(normed)
-        return value, self.mixer(value, normed) if isinstance(self.mixer, ContMix) else self.mixer(value)
+        guided = isinstance(self.mixer, ContMix) and self.mixer.context is not None
+        return value, self.mixer(value, normed) if guided else self.mixer(value)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor, overview: Tensor

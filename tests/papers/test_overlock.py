@@ -10,6 +10,7 @@ import torch
 from saccade import create_model
 from saccade.ops.neighborhood_sum import neighborhood_bias, neighborhood_sum
 from saccade.ops.reference import neighbours
+from saccade.parts.contmix import ContMix
 from saccade.parts.reparameterize import reparameterize
 
 
@@ -46,3 +47,10 @@ def test_the_auxiliary_head_learns():
     assert {key: tuple(value.shape) for key, value in scores.items()} == {"out": (2, 3), "auxiliary": (2, 3)}
     sum(value.square().sum() for value in scores.values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.head_auxiliary.parameters())
+
+
+def test_contmix_by_name_has_no_guide_and_runs_in_the_focus_net():
+    model = create_model("overlock_nano", num_classes=3, mixer="contmix").eval()
+    assert {mixer.context for mixer in model.modules() if isinstance(mixer, ContMix)} == {None}
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 37, 29)).isfinite().all()
