@@ -72,7 +72,7 @@ def scaled_softmax(scores: Tensor, pairs: int) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """x / |x|, and 0 for 0 (where the authors' code divides by zero)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return x / torch.where(length > 0, length, 1)
 
 
 FORMS: dict[str, Callable[[Tensor, int], Tensor]] = {

@@ -114,7 +114,8 @@ def deployment(rows: Rows) -> str:
     """The page: a row a backbone, a column a trial."""
     count = {title: sum(" " not in cells[title] for cells in rows.values()) for title in ("compile", "export", "ONNX")}
     text = (
-        f"The narrow model of each family, weights as in goldens, {SIZE[0]} x {SIZE[1]} pixels. Of {len(rows)}, "
+        f"The narrow models of {len(rows)} of {len(hosts())} families, weights as in goldens, {SIZE[0]} x {SIZE[1]} "
+        "pixels. Of these, "
         f"{count['compile']} compile whole (`torch.compile(fullgraph=True)`), {count['export']} export with free batch "
         f"and sides, {count['ONNX']} run in onnxruntime (largest relative difference at two sizes). bf16: relative "
         "drift of the scores under autocast; channels-last: equal scores from a channels-last image; int8: relative "

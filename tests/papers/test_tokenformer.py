@@ -72,8 +72,12 @@ def test_a_causal_attention_sees_no_later_token():
     assert change[:5].max() == 0 and change[5:].min() > 0
 
 
-def test_a_token_of_zeros_has_an_output():
-    assert torch.equal(Pattention(4, 3, 6)(torch.zeros(2, 4)), torch.zeros(2, 3))
+def test_a_token_of_zeros_has_an_output_and_a_gradient():
+    x = torch.zeros(2, 4, requires_grad=True)
+    out = Pattention(4, 3, 6)(x)
+    assert torch.equal(out, torch.zeros(2, 3))
+    out.sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() < 10
 
 
 def test_what_makes_no_sense_is_one_line():
