@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from saccade.core.build import check_patterns, choose_mixer, create_model, hybrid_mixer
 from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.keymap import KeyMap, within
 from saccade.core.load import key_maps
@@ -85,6 +86,8 @@ class GhostAttention(nn.Module):
     def __init__(self, site: Site, qkv_bias: bool = False) -> None:
         super().__init__()
         check_heads(site)
+        if site.dim % 2:
+            raise SaccadeError(f"{site.dim} channels: one half of them copies the other, so give an even number")
         self.heads = site.heads
         self.qkv = nn.Linear(site.dim, 3 * (site.dim // 2), bias=qkv_bias)
         self.copies = nn.Parameter(torch.ones(3, site.dim // 2))
