@@ -325,8 +325,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "overlock_t": dict(dims=(64, 128, 256, 512), depths=(4, 4, 6, 2), focus_depths=(12, 2), heads=(4, 8)),
     "overlock_s": dict(dims=(64, 128, 320, 512), depths=(6, 6, 8, 3), focus_depths=(16, 3), heads=(8, 16)),
     "overlock_b": dict(dims=(80, 160, 384, 576), depths=(8, 8, 10, 4), focus_depths=(20, 4), heads=(6, 9)),
-    "overlock_nano": dict(dims=(16, 32, 64, 64), depths=(1, 1, 1, 1), focus_depths=(2, 1), heads=(2, 2),
-                          kernels=(7, 7, 7, 5), patch=2, img_size=32),
+    "overlock_nano": dict(dims=(32, 64, 64), depths=(1, 1, 1), focus_depths=(2, 1), heads=(2, 2), kernels=(7, 7, 5),
+                          scales=(None, 1.0, 1.0), patch=2, img_size=32),
 }
 
 
