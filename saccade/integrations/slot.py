@@ -76,7 +76,8 @@ class ImageSize:
     size: Grid | None = None
 
     def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        image = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        image = first_tensor(args, kwargs)
+        assert image is not None, "a host is called with an image"
         self.size = tuple(image.shape[2:])
 
 
@@ -164,7 +165,7 @@ def swap(
         again = _watch_if_allowed(model, names, taller)
     except SeesWindows:
         attention = {name.rpartition(".")[0]: name for name in names}
-        if not _give_up_windows(model, attention, image):
+        if not _can_give_up_windows(model, attention, image):
             raise
         calls, entrance = watch(model, list(attention), image)
         again = _watch_if_allowed(model, list(attention), taller)
@@ -201,10 +202,10 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
 
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if x is not None and x.shape[0] != image.shape[0]:
-                raise SeesWindows(f"{name} cannot be swapped: it sees {x.shape[0]} windows or groups of a batch of "
-                                  f"{image.shape[0]}, a mixer sees whole maps; name the module around it")
+            windows = first_tensor(args, kwargs)
+            if windows is not None and windows.shape[0] != image.shape[0]:
+                raise _refused(name, f"it sees {windows.shape[0]} windows or groups of a batch of {image.shape[0]}, a "
+                                     "mixer sees whole maps; name the module around it", SeesWindows)
             x = the_tensor(name, args, kwargs)
             out, *more = output if isinstance(output, tuple) else (output,)
             call = Call(tuple(x.shape), len(more) + 1 if isinstance(output, tuple) else 0)
@@ -218,6 +219,14 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
 
     hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in host.modules()]
     hooks += [host.get_submodule(name).register_forward_hook(leave(name), with_kwargs=True) for name in names]
+    _run(host, image, hooks)
+    if missing := [name for name in names if name not in calls]:
+        raise _refused(missing[0], "a forward never calls it; name a module that is called")
+    return calls, given[-1]
+
+
+def _run(host: nn.Module, image: Tensor, hooks: Sequence[Any]) -> None:
+    """One forward in evaluation, without gradients; then the hooks come off and what trained trains again."""
     training = {module: module.training for module in host.modules()}
     host.eval()
     try:
@@ -228,15 +237,17 @@ def watch(host: nn.Module, names: Sequence[str], image: Tensor) -> tuple[dict[st
             hook.remove()
         for module, flag in training.items():
             module.training = flag
-    if missing := [name for name in names if name not in calls]:
-        raise _refused(missing[0], "a forward never calls it; name a module that is called")
-    return calls, given[-1]
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def the_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The tensor to mix among the arguments of a call; raises where another argument asks for more than mixing it."""
     named = {f"argument {place}": value for place, value in enumerate(args)} | dict(kwargs)
-    x = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    x = first_tensor(args, kwargs)
     if x is None:
         raise _refused(name, "it is called without a tensor")
     for key, value in named.items():
@@ -273,7 +284,7 @@ def _window_block(module: nn.Module) -> tuple[str, ...]:
     return next((names for names in WINDOW_BLOCKS if parts == set(names)), ())
 
 
-def _give_up_windows(host: nn.Module, blocks: Iterable[str], image: Tensor) -> bool:
+def _can_give_up_windows(host: nn.Module, blocks: Iterable[str], image: Tensor) -> bool:
     """Whether all blocks are of norm, attention, norm and MLP, and call them in this order."""
     order: dict[str, list[str]] = {block: [] for block in blocks}
     parts = {block: _window_block(host.get_submodule(block)) for block in order}
@@ -283,12 +294,7 @@ def _give_up_windows(host: nn.Module, blocks: Iterable[str], image: Tensor) -> b
 
     hooks = [host.get_submodule(f"{block}.{part}").register_forward_hook(called(block, part))
              for block in order for part in parts[block]]
-    try:
-        with torch.no_grad():
-            host(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run(host, image, hooks)
     return all(parts[block] and order[block] == [*parts[block]] for block in order)
 
 
@@ -325,5 +331,5 @@ def _beside(block: nn.Module, mixer: nn.Module, mode: str | None) -> nn.Module:
     return beside_prefix(mixer, int(knows), mode)
 
 
-def _refused(name: str, why: str) -> SaccadeError:
-    return SaccadeError(f"{name} cannot be swapped: {why}")
+def _refused(name: str, why: str, kind: type[SaccadeError] = SaccadeError) -> SaccadeError:
+    return kind(f"{name} cannot be swapped: {why}")

@@ -103,6 +103,15 @@ def test_our_shifted_windows_with_their_weights_are_theirs(name):
     torch.testing.assert_close(answer(host), before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SWINS)
+def test_a_host_that_trains_is_watched_in_evaluation_and_trains_again(name):
+    host, pattern, _, _ = build(name)
+    seen = []
+    next(host.children()).register_forward_hook(lambda module, args, output: seen.append(module.training))
+    saccade.swap(host.train(), pattern, "pooling", example=IMAGE)
+    assert seen and not any(seen) and all(module.training for module in host.modules())
+
+
 @pytest.mark.parametrize("mixer, options", [
     ("neighborhood", dict(kernel=5, bias=False)), ("fused_neighborhood", dict(kernel=5)),
     ("window", dict(window=5)),
