@@ -39,7 +39,8 @@ def native(other: str | None) -> int | None:
 
 
 def million(name: str) -> float:
-    return sum(weight.numel() for weight in create_model(name).parameters()) / 1e6
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in create_model(name).parameters()) / 1e6
 
 
 def run(number: int, names: list[str], settings: dict[str, Any]) -> list[Row]:

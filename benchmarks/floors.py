@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.backbones import million
 from benchmarks.results import write_section
 from saccade import SaccadeError, create_model, list_models
 from saccade.core.index import index, paper_module
 from saccade.tools.bench import pair
 from saccade.tools.measure import count_macs, peak_memory, race
-from saccade.tools.roofline import floor, rates, yardsticks
+from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
 
 Row = dict[str, Any]
 
@@ -30,13 +31,8 @@ Row = dict[str, Any]
 def smallest(paper: str) -> str | None:
     """The published model of a paper with the fewest parameters."""
     known = index()["models"]
-    sizes = {name: params(name) for name in list_models() if known[name] == paper and "nano" not in name}
-    return min(sizes, key=lambda name: sizes[name]) if sizes else None
-
-
-def params(name: str) -> int:
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in create_model(name).parameters())
+    names = [name for name in list_models() if known[name] == paper and "nano" not in name]
+    return min(names, key=million) if names else None
 
 
 def measure(name: str, rounds: int) -> Row:
@@ -44,13 +40,13 @@ def measure(name: str, rounds: int) -> Row:
     size = settings.get("img_size", 224)
     sides = (size, size) if isinstance(size, int) else tuple(size)
     image = torch.randn(1, settings.get("in_chans", 3), *sides)
-    models = {"ours": create_model(name).eval()} | timms(name, size)
+    models = ours_and_timms(name, size)
     forwards = {which: partial(model, image) for which, model in models.items()}
     seconds = race(forwards | yardsticks(), rounds=rounds)
-    ours = models["ours"]
-    row: Row = dict(name=name, size="x".join(map(str, sides)), macs=count_macs(ours, (image,)), rates=rates(seconds),
+    macs, moved = count_macs(models["ours"], (image,)), moved_bytes(models["ours"], (image,))
+    row: Row = dict(name=name, size="x".join(map(str, sides)), macs=macs, rates=rates(seconds),
                     seconds=median(seconds["ours"]), memory=peak_memory(forwards["ours"]),
-                    floor=floor(ours, (image,), rates(seconds)))
+                    floor=floor(macs, moved, rates(seconds)))
     if "timm" in models:
         row["timm"] = median(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True))
         row["timm_memory"] = row["memory"] / peak_memory(forwards["timm"])
@@ -58,12 +54,12 @@ def measure(name: str, rounds: int) -> Row:
     return row
 
 
-def timms(name: str, size: Any) -> dict[str, nn.Module]:
-    """timm's model of this name, where it has it."""
+def ours_and_timms(name: str, size: Any) -> dict[str, nn.Module]:
+    """Our model and, where timm has one of this name, timm's."""
     try:
-        return {"timm": pair(name, size)[1]}
+        return dict(zip(("ours", "timm"), pair(name, size), strict=False))
     except SaccadeError:
-        return {}
+        return {"ours": create_model(name).eval()}
 
 
 def line(row: Row) -> str:

@@ -18,7 +18,7 @@ from saccade.core.index import index, resolve_model
 from saccade.core.load import load
 from saccade.core.optional import optional
 from saccade.tools.measure import count_macs, peak_memory, race, summary
-from saccade.tools.roofline import floor, rates, yardsticks
+from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
 
 timm = optional("timm", extra="train")
 
@@ -130,9 +130,9 @@ def _rows(
     peaks = {name: peak_memory(forward) for name, forward in forwards.items()}
     for name in names:
         row: dict[str, Any] = {"model": name, "batch": len(images)} | summary(seconds[name])
+        macs, moved = count_macs(models[name], (images,)), moved_bytes(models[name], (images,))
         row |= {"throughput": len(images) / row["p50"], "peak_memory": peaks[name], "params": _params(models[name]),
-                "macs": count_macs(models[name], (images,)), "note": note,
-                "floor": floor(models[name], (images,), rates(seconds))}
+                "macs": macs, "note": note, "floor": floor(macs, moved, rates(seconds))}
         for other in models.keys() - set(names):
             row |= {"other": other, "other_p50": summary(seconds[other])["p50"], "other_peak_memory": peaks[other]}
             row["ratio"] = median(ours / theirs for ours, theirs in zip(seconds[name], seconds[other], strict=True))

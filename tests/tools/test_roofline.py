@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from saccade.tools.measure import count_macs
 from saccade.tools.roofline import Rates, floor, moved_bytes, rates, yardsticks
 
 
@@ -19,8 +20,9 @@ def test_bytes_of_layers_with_weights() -> None:
 def test_floor_is_the_longer_of_arithmetic_and_bytes() -> None:
     model, x = nn.Linear(8, 16, bias=False), torch.randn(10, 8)
     macs, moved = 10 * 8 * 16, 4 * (10 * 8 + 8 * 16 + 10 * 16)
-    assert floor(model, (x,), Rates(macs=1e3, bytes=1e9)) == pytest.approx(macs / 1e3)
-    assert floor(model, (x,), Rates(macs=1e9, bytes=1e3)) == pytest.approx(moved / 1e3)
+    counted = count_macs(model, (x,)), moved_bytes(model, (x,))
+    assert floor(*counted, Rates(macs=1e3, bytes=1e9)) == pytest.approx(macs / 1e3)
+    assert floor(*counted, Rates(macs=1e9, bytes=1e3)) == pytest.approx(moved / 1e3)
 
 
 def test_rates_are_those_of_the_yardsticks() -> None:
