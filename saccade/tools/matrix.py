@@ -16,7 +16,7 @@ from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.index import list_mixers, list_models, model_paper, paper_module
-from saccade.tools.pages import DOCS, Rows, page, recorded
+from saccade.tools.pages import DOCS, Rows, page, recorded_in
 
 PAGE = DOCS / "matrix.md"
 RUNS = "✓"
@@ -82,8 +82,8 @@ def main(*names: str) -> int:
 
 def recorded_rows() -> dict[str, dict[str, str]]:
     """The page as it is, with the mixers of today; those that it lacks are empty."""
-    rows = recorded(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
-    return {host: {mixer: cells.get(mixer, "") for mixer in list_mixers()} for host, cells in rows.items()}
+    return {host: {mixer: cells.get(mixer, "") for mixer in list_mixers()}
+            for host, cells in recorded_in(PAGE).items()}
 
 
 if __name__ == "__main__":

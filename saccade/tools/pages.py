@@ -19,6 +19,11 @@ def page(title: str, text: str, columns: Sequence[str], rows: Rows) -> str:
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(long, 1))]).rstrip() + "\n"
 
 
+def recorded_in(path: Path) -> dict[str, dict[str, str]]:
+    """The table of the page at `path`; none where there is no page yet."""
+    return recorded(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def recorded(text: str) -> dict[str, dict[str, str]]:
     """The table that a page holds."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
