@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,9 +55,14 @@ def pad_to_multiple(x: Tensor, multiple: tuple[int, ...]) -> Tensor:
 
 def pad_end(x: Tensor, amounts: list[int]) -> Tensor:
     """Zero-pad (crop, where negative) the end of each grid axis of (B, *grid, C)."""
-    if all(isinstance(amount, int) and amount == 0 for amount in amounts):
+    return pad_ends(x, [(0, amount) for amount in amounts])
+
+
+def pad_ends(x: Tensor, ends: Sequence[tuple[int, int]]) -> Tensor:
+    """Zero-pad (crop, where negative) both ends of each grid axis of (B, *grid, C)."""
+    if all(isinstance(end, int) and end == 0 for pair in ends for end in pair):
         return x
-    return F.pad(x, [0, 0, *(side for amount in reversed(amounts) for side in (0, amount))])
+    return F.pad(x, [0, 0, *(end for pair in reversed(ends) for end in pair)])
 
 
 @table

@@ -14,18 +14,17 @@ than the window, the window takes that side and does not shift.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.ops.window import pad_ends
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.merging import PatchMerging
@@ -112,13 +111,6 @@ class ShiftedWindowMlp(nn.Module):
     def reach(self, site: Site) -> tuple[int, ...]:
         """From one end of a window to the other."""
         return (self.side - 1,) * site.rank
-
-
-def pad_ends(x: Tensor, ends: Sequence[tuple[int, int]]) -> Tensor:
-    """Zero-pad (crop, where negative) both ends of each grid axis of (B, *grid, C)."""
-    if all(isinstance(end, int) and end == 0 for pair in ends for end in pair):
-        return x
-    return F.pad(x, [0, 0, *(end for pair in reversed(ends) for end in pair)])
 
 
 _TINY: dict[str, Any] = dict(dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), window=8, img_size=256)

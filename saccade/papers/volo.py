@@ -24,7 +24,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
@@ -33,7 +32,7 @@ from saccade.core.keymap import KeyMap
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.ops.tables import table
-from saccade.ops.window import pad_to_multiple
+from saccade.ops.window import pad_ends, pad_to_multiple
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.block import Block
 from saccade.parts.class_attention import ClassBlock
@@ -116,7 +115,7 @@ class Outlook(nn.Module):
         out = torch.stack(heads, -2).flatten(-2)
         margin = self.kernel // 2
         ends = [(-margin, side + margin - full) for side, full in zip(grid, out.shape[1:-1], strict=True)]
-        return self.proj(F.pad(out, [0, 0, *(end for pair in reversed(ends) for end in pair)]))
+        return self.proj(pad_ends(out, ends))
 
     def _blocks(self, x: Tensor) -> Tensor:
         """Zero-padded and cut in blocks of `stride`: (B, *grid, C) -> (B, n, stride, n', stride, ..., C).
@@ -125,8 +124,7 @@ class Outlook(nn.Module):
         """
         margin, step = self.kernel // 2, self.stride
         more = max((self.kernel - 1) // step, -(-margin // step)) * step - margin
-        ends = [end for side in reversed(x.shape[1:-1]) for end in (margin, (-side) % step + more)]
-        x = F.pad(x, [0, 0, *ends])
+        x = pad_ends(x, [(margin, (-side) % step + more) for side in x.shape[1:-1]])
         return x.view(x.shape[0], *(part for side in x.shape[1:-1] for part in (side // step, step)), x.shape[-1])
 
     def _mix(self, weights: Tensor, blocks: Tensor) -> Tensor:
