@@ -12,7 +12,7 @@ from saccade import Site
 from saccade.core.index import index
 from saccade.tools.golden import make_inputs, make_state, read_golden
 from saccade.tools.measure import declared_macs
-from saccade.tools.verify import verify
+from saccade.tools.verify import settings, verify
 from tests.contracts.registered import EXCEPTIONS
 from tests.ports.port import errors
 
@@ -74,10 +74,10 @@ def test_authors_pth_file(name, tmp_path):
     from saccade import create_model
 
     golden = read_golden(PATHS[name])
-    size = tuple(next(iter(make_inputs(golden).values())).shape[2:])
+    image = next(iter(make_inputs(golden).values()))
     file = tmp_path / "authors.pth"
     torch.save({"model": make_state(golden), "args": argparse.Namespace(epochs=300)}, file)
-    model = create_model(name, img_size=size, checkpoint_path=file)
+    model = create_model(name, checkpoint_path=file, **settings(golden, name, image))
     report = model.load_report
     assert report.format == "authors" and not report.left
     buffers = sum(key.endswith("num_batches_tracked") for key in model.state_dict())

@@ -138,10 +138,17 @@ def _resolve(spec: MixerSpec, options: dict[str, Any]) -> Any:
     return [mixer_factory(one) if isinstance(one, str) else one for one in spec]
 
 
+def accepted(name: str) -> set[str]:
+    """The options that a registered model takes."""
+    module = paper_module(model_paper(name))
+    return _accepted(getattr(module, module.SIZES[resolve_model(name)].get("builder", model_paper(name))))
+
+
 def _accepted(builder: Callable[..., Any]) -> set[str]:
+    """A builder's own options and, where it passes others on, those that all backbones know."""
     parameters = inspect.signature(builder).parameters.values()
-    return {*(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD), *COMMON,
-            "prefix_mode"}
+    own = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    return own if len(own) == len(parameters) else {*own, *COMMON, "prefix_mode"}
 
 
 def _check_options(name: str, builder: Callable[..., Any], settings: dict[str, Any]) -> None:

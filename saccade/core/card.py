@@ -20,7 +20,8 @@ class Weights:
 class Card:
     """One published system (or one file that serves several).
 
-    `systems` are the mission's slugs. `mixers` maps a mechanism's name to its class in the same file. `params`, `macs`
+    `systems` are the mission's slugs. `mixers` maps a mechanism's name to its class in the same file; `methods` that of
+    what is done to a model (`apply`, `explain`, pre-training: the kinds say which) to its function. `params`, `macs`
     and `top1` are what the paper's tables say, by model name (parameters and multiply-adds at the published size; top-1
     in percent on ImageNet-1K). `read` says what the file was written from. `aliases` maps other names (timm's) to ours.
     `goldens` and `tests` name the proof; a card with neither is implemented but not verified.
@@ -38,6 +39,7 @@ class Card:
     keywords: str = ""
     kinds: tuple[str, ...] = ("backbone",)
     mixers: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, str] = field(default_factory=dict)
     params: dict[str, float] = field(default_factory=dict)
     macs: dict[str, float] = field(default_factory=dict)
     top1: dict[str, float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from saccade.core.names import closest, matching, spellings
 
 @lru_cache(maxsize=1)
 def index() -> dict[str, Any]:
-    """`{"models": {name: paper}, "mixers": {name: paper}, "aliases": {name: model}, "papers": {paper: card}}`."""
+    """`{"models": {name: paper}, "mixers": ..., "methods": ..., "aliases": {name: model}, "papers": {paper: card}}`."""
     file = resources.files("saccade") / "index.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -55,6 +55,16 @@ def mixer_paper(name: str) -> str:
     return str(known[name])
 
 
+def method(name: str, kind: str) -> Any:
+    """The function of a method that a card of this kind declares (`apply`'s are of kind "token reduction")."""
+    known = index()
+    names = {key: paper for key, paper in known["methods"].items() if kind in known["papers"][paper]["kinds"]}
+    if name not in names:
+        raise SaccadeError(f"there is no {kind} method {name!r}{closest(name, names)}; there are {', '.join(names)}")
+    module = paper_module(names[name])
+    return getattr(module, module.CARD.methods[name])
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that a shell pattern picks, sorted: `list_models("*former*")`."""
     return sorted(matching(index()["models"], pattern))
@@ -70,7 +80,8 @@ def find(words: str) -> list[str]:
     wanted = words.lower().replace("-", " ").split()
 
     def score(paper: str, card: dict[str, Any]) -> int:
-        names = " ".join([paper, *card["mixers"], *card["models"], *card["aliases"]]).lower().replace("_", " ")
+        names = " ".join([paper, *(name for kind in ("mixers", "methods", "models", "aliases") for name in card[kind])])
+        names = names.lower().replace("_", " ")
         text = " ".join([card["title"], card["keywords"], card["authors"], card["arxiv"]]).lower().replace("-", " ")
         if not all(word in names or word in text for word in wanted):
             return 0

@@ -38,7 +38,7 @@ class SlowNet(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.plane = nn.Parameter(torch.zeros(grid))
         self.out = nn.Linear(hidden, dim)
-        gamma = torch.distributions.Gamma(6 / (layers + 1), 1.0)
+        gamma = torch.distributions.Gamma(6 / (layers + 1), 1.0, validate_args=False)
         with torch.no_grad():
             wave: Any
             layer: Any

@@ -32,11 +32,12 @@ def build_index() -> dict[str, Any]:
     """The contents of `index.json`."""
     models: dict[str, str] = {}
     mixers: dict[str, str] = {}
+    methods: dict[str, str] = {}
     aliases: dict[str, str] = {}
     papers: dict[str, Any] = {}
     for paper, card in cards().items():
         sizes = list(getattr(import_module(f"saccade.papers.{paper}"), "SIZES", {}))
-        for table, names in ((models, sizes), (mixers, list(card.mixers))):
+        for table, names in ((models, sizes), (mixers, card.mixers), (methods, card.methods)):
             for name in names:
                 if name in table:
                     raise ValueError(f"{name} is claimed by {table[name]} and {paper}")
@@ -46,7 +47,7 @@ def build_index() -> dict[str, Any]:
                 raise ValueError(f"{paper}: the alias {alias} points to {name}, which is none of its models")
             aliases[alias] = name
         papers[paper] = dataclasses.asdict(card) | {"models": sizes}
-    return {"models": models, "mixers": mixers, "aliases": aliases, "papers": papers}
+    return {"models": models, "mixers": mixers, "methods": methods, "aliases": aliases, "papers": papers}
 
 
 def systems() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saccade.core.build import create_model
+from saccade.core.build import accepted, create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
 from saccade.core.index import model_paper, paper_module, resolve_model
@@ -53,7 +53,7 @@ def verify(path: str | Path) -> list[Verdict]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "authors.safetensors"
         save_file({key: value.clone() for key, value in state.items()}, checkpoint)
-        model = create_model(name, checkpoint_path=checkpoint, **_settings(golden, name, image)).eval()
+        model = create_model(name, checkpoint_path=checkpoint, **settings(golden, name, image)).eval()
     got = run_tapped(model.to(image.dtype), image, taps(name, golden))
     for what in DEPLOYED & golden["outputs"].keys():
         with torch.no_grad():
@@ -70,16 +70,17 @@ def verify(path: str | Path) -> list[Verdict]:
     return verdicts
 
 
-def _settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
+def settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
     """What the caller of the authors' code said that our `create_model` must be told too."""
     args = golden.get("source", {}).get("args", {})
-    settings: dict[str, Any] = {"img_size": tuple(image.shape[2:])}
+    told: dict[str, Any] = {"img_size": tuple(image.shape[2:])}
     if "num_classes" in args:
-        settings["num_classes"] = args["num_classes"]
+        told["num_classes"] = args["num_classes"]
     if image.shape[1] != 3:
-        settings["in_chans"] = image.shape[1]
+        told["in_chans"] = image.shape[1]
+    told = {key: value for key, value in told.items() if key in accepted(name)}  # not all models classify
     said = getattr(paper_module(model_paper(name)), "RECORDED", None)  # what only the note tells
-    return settings | (said(golden) if said is not None else {})
+    return told | (said(golden) if said is not None else {})
 
 
 def taps(name: str, golden: Golden) -> dict[str, str]:
