@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from saccade.core.apply import apply
 from saccade.core.build import create_mixer, create_model, info
 from saccade.core.errors import SaccadeError
 from saccade.core.index import find, list_mixers, list_models
@@ -14,6 +15,6 @@ from saccade.integrations.timm_registry import register_with_timm
 __version__ = "0.1.0"
 
 __all__ = [
-    "LoadReport", "SaccadeError", "Site", "create_mixer", "create_model", "find", "info", "list_mixers", "list_models",
-    "load", "record", "register_with_timm", "swap",
+    "LoadReport", "SaccadeError", "Site", "apply", "create_mixer", "create_model", "find", "info", "list_mixers",
+    "list_models", "load", "record", "register_with_timm", "swap",
 ]

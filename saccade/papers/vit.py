@@ -22,7 +22,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, without_first_axis
 from saccade.parts.attention import Attention
 from saccade.parts.head import Pooling
-from saccade.parts.plain import Plain
+from saccade.parts.plain import DEIT, Plain
 
 _ADDRESS = "https://dl.fbaipublicfiles.com/deit/"
 
@@ -128,10 +128,7 @@ def deit_distilled(dim: int, depth: int, heads: int, patch: int, mixer: Any = No
 
 
 AUTHORS: KeyMap = (
-    (r"patch_embed\.proj\.(.*)", r"stem.proj.\1"),
-    (r"cls_token", "prefix#0", without_first_axis),
     (r"dist_token", "prefix#1", without_first_axis),
-    (r"pos_embed", "position"),
-    (r"blocks\.(\d+)\.attn\.(.*)", r"blocks.\1.mixer.\2"),
     (r"head_dist\.(.*)", r"head_distilled.\1"),
+    *DEIT,
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saccade.core.build import check_patterns, choose_mixer
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone, FeatureInfo
+from saccade.core.keymap import KeyMap, without_first_axis
 from saccade.core.site import MixerFactory, Site
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block, Norm
@@ -152,7 +153,10 @@ class Plain(Backbone):
         """The map of grid tokens after each block, (B, C, *grid), channels-last in memory."""
         tokens, grid = self.tokens(image)
         maps = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            if hasattr(block, "drops") and block.drops():  # type: ignore[operator]
+                raise SaccadeError(f"blocks.{number} lets tokens go ({type(block).__name__}): no map is left to give; "
+                                   "read forward_features, or undo the method")
             tokens = block(tokens, self.prefix_count, grid)
             maps.append(tokens[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1))
         return maps
@@ -193,3 +197,12 @@ def initialise(module: nn.Module, spread: float) -> None:
         nn.init.trunc_normal_(module.weight, std=spread)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+# The names that DeiT's authors, and timm, give the parameters of a Plain with a class token.
+DEIT: KeyMap = (
+    (r"patch_embed\.proj\.(.*)", r"stem.proj.\1"),
+    (r"cls_token", "prefix#0", without_first_axis),
+    (r"pos_embed", "position"),
+    (r"blocks\.(\d+)\.attn\.(.*)", r"blocks.\1.mixer.\2"),
+)

@@ -1,0 +1,180 @@
+"""The transformer blocks of a host, ours or timm's, opened: where methods drop, merge or mask tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+from saccade.core.swap import Handle
+from saccade.ops.attend import attend
+from saccade.parts.attention import Attention
+from saccade.parts.plain import TokenBlock
+
+# What stands between a branch and its sum, in order, where a block has it: ours, timm's.
+TAILS = (("scale1", "ls1", "drop_path1"), ("scale2", "ls2", "drop_path2"))
+
+
+class Kept:
+    """The tokens that are left in a forward, by their numbers in the sequence that entered the first block.
+
+    `numbers` is (B, N) or (1, N); -1 stands for a token made of several, and for padding.
+    """
+
+    numbers: Tensor
+
+    def start(self, tokens: Tensor) -> None:
+        self.numbers = torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+    def choose(self, index: Tensor, fused: int = 0) -> None:
+        """Keep the tokens `index` (B, N'), and `fused` new ones after them."""
+        numbers = self.numbers.expand(index.shape[0], -1).gather(1, index)
+        self.numbers = torch.cat([numbers, numbers.new_full((numbers.shape[0], fused), -1)], 1)
+
+    def where(self) -> tuple[Tensor, Tensor]:
+        """`where` of an attention of all tokens that are left to each other."""
+        return self.numbers, self.numbers
+
+
+class HostBlock(nn.Module):
+    """x += tail1(proj(attend(qkv(norm1(x))))); x += tail2(mlp(norm2(x))), with the host block's own modules.
+
+    They keep the names that they have in the host, so that its checkpoints fit before and after. tokens are
+    (B, P + N, C), P prefix tokens first; what else the host hands to its blocks (ours: P and the grid) is not needed.
+    A method overrides `forward`, and adds modules of its own.
+    """
+
+    def __init__(self, block: nn.Module, prefix: int, kept: Kept, first: bool) -> None:
+        super().__init__()
+        self.norm1: Any
+        self.norm2: Any
+        self.mlp: Any
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.prefix, self.kept, self.first = prefix, kept, first
+        self._tails = [[name for name in names if name in self._modules] for names in TAILS]
+
+    def drops(self) -> bool:
+        """Whether fewer tokens may leave than came."""
+        return False
+
+    @property
+    def attention(self) -> Any:
+        """The host's attention: qkv and proj, in timm also norms of queries, keys and output."""
+        return self.mixer if "mixer" in self._modules else self.attn
+
+    @property
+    def heads(self) -> int:
+        return int(getattr(self.attention, "heads", None) or self.attention.num_heads)
+
+    def start(self, tokens: Tensor) -> None:
+        """The first block of a host begins the count of kept tokens anew."""
+        if self.first:
+            self.kept.start(tokens)
+
+    def queries_keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, heads, N, d), of norm1(tokens)."""
+        attention = self.attention
+        q, k, v = attention.qkv(self.norm1(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        return q, k, v
+
+    def add_mixed(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """tokens + tail1(proj(mixed)), `mixed` (B, heads, N, d) as attention gives it."""
+        attention, out = self.attention, mixed.transpose(1, 2).flatten(2)
+        for name in ("norm", "proj", "proj_drop"):
+            out = getattr(attention, name)(out) if hasattr(attention, name) else out
+        return tokens + self._tail(0, out)
+
+    def add_attention(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+        """tokens + attention over all tokens that are left."""
+        return self.add_mixed(tokens, attend(*self.queries_keys_values(tokens), bias, where=self.kept.where))
+
+    def add_mlp(self, tokens: Tensor) -> Tensor:
+        """tokens + tail2(mlp(norm2(tokens)))."""
+        return tokens + self._tail(1, self.mlp(self.norm2(tokens)))
+
+    def forward(self, tokens: Tensor, *_: Any) -> Tensor:
+        self.start(tokens)
+        return self.add_mlp(self.add_attention(tokens))
+
+    def _tail(self, which: int, x: Tensor) -> Tensor:
+        for name in self._tails[which]:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def class_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
+    """How much the class token looks at each other token: the mean over heads of its softmax, (B, N) without prefix.
+
+    q, k (B, heads, P + N, d); one row of the attention, not its whole map.
+    """
+    row = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    return row[:, :, 0, prefix:].mean(1)
+
+
+def gathered(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, N, C) at index (B, N')."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def open_blocks(
+    model: nn.Module, method: str, build: Callable[..., nn.Module], *, needs_class_token: bool = False
+) -> Handle:
+    """Put `build(number, block=..., prefix=..., kept=..., first=...)` in the place of every block of a host.
+
+    Raises SaccadeError where the host is not a stack of blocks with softmax attention over all tokens.
+    """
+    blocks = blocks_of(model, method)
+    for number, block in enumerate(blocks):
+        _check(method, f"blocks.{number}", block)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    prefix = getattr(model, "prefix_count", 0) if prefix is None else prefix
+    if needs_class_token and not prefix:
+        raise SaccadeError(f"{method} ranks tokens by the attention of the class token, and {type(model).__name__} has "
+                           "none; choose a host with one, or a method that needs none (token_merging)")
+    kept = Kept()
+    return Handle(model, {f"blocks.{number}": build(number, block=block, prefix=prefix, kept=kept, first=not number)
+                          for number, block in enumerate(blocks)})
+
+
+def blocks_of(model: nn.Module, method: str) -> nn.ModuleList | nn.Sequential:
+    """The blocks of a host; raises where it is no plain vision transformer."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+        raise SaccadeError(f"{method} needs a plain vision transformer with .blocks (ours or timm's ViT, DeiT); "
+                           f"{type(model).__name__} is none")
+    return blocks
+
+
+def chosen_layers(model: nn.Module, method: str, layers: Sequence[int]) -> frozenset[int]:
+    """The numbers of a host's blocks that a method names, checked; negative ones count from the end."""
+    depth = len(blocks_of(model, method))
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise SaccadeError(f"{method}: layers has {layer}, and the host has the blocks 0 to {depth - 1}")
+    return frozenset(layer % depth for layer in layers)
+
+
+def check_rate(method: str, name: str, rate: float) -> float:
+    """A rate in (0, 1], else an error that names it."""
+    if not 0 < rate <= 1:
+        raise SaccadeError(f"{method}: {name}={rate}; give a rate above 0, at most 1")
+    return rate
+
+
+def _check(method: str, name: str, block: nn.Module) -> None:
+    ours = type(block) is TokenBlock and type(block.mixer) is Attention and block.position is None
+    attention: Any = getattr(block, "attn", None)
+    timms = (type(block).__module__.startswith("timm.") and type(block).__name__ == "Block"
+             and type(attention).__name__ == "Attention" and getattr(attention, "gate", None) is None)
+    if isinstance(block, HostBlock):
+        raise SaccadeError(f"{method}: another method is applied at {name}; undo it first")
+    if not (ours or timms):
+        inside = attention if attention is not None else getattr(block, "mixer", block)
+        raise SaccadeError(f"{method} needs a residual block with softmax attention over all tokens, and {name} is a "
+                           f"{type(block).__name__} with {type(inside).__name__}")
