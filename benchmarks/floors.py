@@ -31,7 +31,7 @@ Row = dict[str, Any]
 def smallest(paper: str) -> str | None:
     """The published model of a paper with the fewest parameters."""
     known = index()["models"]
-    names = [name for name in list_models() if known[name] == paper and "nano" not in name]
+    names = [name for name in list_models() if known[name] == paper and "_nano" not in name and "_narrow" not in name]
     return min(names, key=million) if names else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,9 @@ def attend(
     if bias is not None and bias.ndim == 3:
         bias = bias[None]  # with three axes the fused kernel of the CPU takes up to twice as long
     if not recording():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        # The fused kernel's output has its heads inside; the form that ONNX gets of it has not, and views would break.
+        return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
     return affinity(q, k, bias, where=where, scale=scale) @ v
 
 

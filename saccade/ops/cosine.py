@@ -9,6 +9,7 @@ from math import pi
 import torch
 from torch import Tensor
 
+from saccade.ops.product import along
 from saccade.ops.tables import table
 
 
@@ -36,10 +37,7 @@ def _along_axes(x: Tensor, sides: list[tuple[int, int]], forth: bool) -> Tensor:
                 basis = cosine_basis(x.shape[axis], side, x.dtype, x.device)
             else:
                 basis = cosine_basis(side, x.shape[axis], x.dtype, x.device).T
-            before, after = x.shape[:axis], x.shape[axis + 1 :]
-            lines = x.flatten(0, axis - 1).flatten(2)
-            # Not `@`: it asks whether a side is 1, which export would fix for good.
-            x = torch.bmm(basis.expand(lines.shape[0], -1, -1), lines).view(*before, side, *after)
+            x = along(axis, basis, x)
     return x
 
 

@@ -13,6 +13,7 @@ from saccade.core.errors import SaccadeError
 from saccade.ops import reference
 from saccade.ops.attend import attend
 from saccade.ops.choice import Case, choose, natten, to_choose
+from saccade.ops.sizes import ceil_div, modulo
 from saccade.ops.tables import table
 
 GATHER = 27  # a key costs its tile this many query-key pairs (to fetch and to load), measured; it ranks tile sizes
@@ -45,7 +46,7 @@ class Window(NamedTuple):
 
     def whole_groups(self, queries: int) -> int:
         """The next number of queries that is a multiple of the stride: tiles then have the same masks."""
-        return -(-queries // self.stride) * self.stride
+        return ceil_div(queries, self.stride) * self.stride
 
     def bounds(self, at: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """First and last key that the queries `at` see in a class of `length` steps."""
@@ -240,7 +241,7 @@ def _tile_sizes(grid: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[int
         return (None,) * len(grid)
     choices, groups = [], prod([window.dilation for window in windows])
     for size, window in zip(grid, windows, strict=True):
-        longest = -(-size // window.dilation)
+        longest = ceil_div(size, window.dilation)
         cuts = {window.whole_groups(-(-longest // 2**power)) for power in range(longest.bit_length())}
         choices.append([(longest, longest), *((longest, t) for t in sorted(cuts) if window.least <= t < longest)])
 
@@ -272,7 +273,7 @@ def _axis(size: int, window: Window, queries: int | None, device: torch.device) 
         return query * 0 if whole else query - window.before
 
     tile = torch.arange(dilation * count, device=device)
-    residue, number = tile // count, tile % count
+    residue, number = tile // count, modulo(tile, count)
     length = (size - residue + dilation - 1) // dilation
     start = first(number, length)
     last = (length - 1)[:, None]

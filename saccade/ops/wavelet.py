@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import crop
 
@@ -68,5 +69,7 @@ def kernel(taps: Taps, gain: float, axis: int, dim: int, dtype: torch.dtype, dev
 def mirror(side: int, reach: int, device: torch.device) -> Tensor:
     """Places of an axis, made even by repeating its last one, with `reach` mirrored ones before and after."""
     even = (side + 1) // 2 * 2
-    place = torch.arange(-reach, even + reach, device=device) % (2 * even)
-    return torch.minimum(place, 2 * even - 1 - place).clamp(max=side - 1)
+    period = 2 * even
+    place = torch.arange(-reach, even + reach, device=device) + reach * period
+    place = modulo(place, period)
+    return torch.minimum(place, period - 1 - place).clamp(max=side - 1)

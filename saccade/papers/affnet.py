@@ -28,7 +28,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
-from saccade.ops.spectral import spectrum_size
+from saccade.ops.spectral import complex_product, fourier, inverse_fourier, spectrum_size
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import conv_norm
 from saccade.parts.mbconv import InvertedResidual
@@ -80,17 +80,15 @@ class AdaptiveFrequencyFilter(nn.Module):
         self.b2 = nn.Parameter(torch.randn(2, blocks, width) * 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid, axes = tuple(x.shape[1:-1]), tuple(range(1, x.ndim - 1))
         precise = torch.promote_types(x.dtype, torch.float32)
-        spectrum = torch.fft.rfftn(x.to(precise), dim=axes, norm="ortho")
+        spectrum = fourier(x.to(precise))
         # A complex matrix is a real one on (real, imaginary): one product a block, on (blocks, B x frequencies, 2 C').
-        parts = torch.view_as_real(spectrum).unflatten(-2, (self.blocks, -1)).flatten(0, -4).transpose(0, 1)
+        parts = spectrum.unflatten(-2, (self.blocks, -1)).flatten(0, -4).transpose(0, 1)
         parts = parts.transpose(-1, -2).flatten(-2)
         hidden = self.activation(torch.baddbmm(*self._layer(self.b1, self.w1, parts)))
         filters = F.softshrink(torch.baddbmm(*self._layer(self.b2, self.w2, hidden)), self.threshold).to(precise)
-        filters = filters.unflatten(-1, (2, -1)).permute(1, 0, 3, 2).reshape(*spectrum.shape, 2)
-        mixed = torch.fft.irfftn(torch.view_as_complex(filters) * spectrum, s=grid, dim=axes, norm="ortho")
-        return x + mixed.to(x.dtype)
+        filters = filters.unflatten(-1, (2, -1)).permute(1, 0, 3, 2).reshape(spectrum.shape)
+        return x + inverse_fourier(complex_product(filters, spectrum), tuple(x.shape[1:-1])).to(x.dtype)
 
     @staticmethod
     def _layer(bias: Tensor, weight: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

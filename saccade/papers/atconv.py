@@ -27,6 +27,8 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import recording
 from saccade.core.site import Site
+from saccade.ops.local import local_sum
+from saccade.ops.pooling import adaptive_mean
 from saccade.parts.block import Block
 from saccade.parts.convolution import conv_norm, depthwise
 from saccade.parts.head import Head
@@ -77,14 +79,17 @@ class AttentiveConvolution(nn.Module):
         tokens = x.flatten(1, -2)
         # Means and a linear layer commute: project k^n means, not N tokens (while watched, in the authors' order).
         if recording():
-            bins = F.adaptive_avg_pool1d(self.kernel_proj(tokens).mT, self.bins)
+            bins = adaptive_mean(self.kernel_proj(tokens), (self.bins,)).mT
         else:
-            bins = self.kernel_proj(F.adaptive_avg_pool1d(tokens.mT, self.bins).mT).mT
+            bins = self.kernel_proj(adaptive_mean(tokens, (self.bins,))).mT
         kernels = self.kernel_gen(self.activation(bins))
         return kernels - self.inhibition.sigmoid()[:, None] * kernels.mean(-1, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
         B, *grid, C = x.shape
+        if torch.compiler.is_exporting():  # ONNX knows no number of groups that is free
+            weight = self.kernels(x).view(B, *[1] * len(grid), C, self.bins)
+            return self.proj(local_sum(weight, self.x_proj(x)[..., None], self.kernel).squeeze(-1))
         weight = self.kernels(x).view(B * C, 1, *[self.kernel] * len(grid))
         maps = self.x_proj(x).movedim(-1, 1).reshape(1, B * C, *grid)  # a group an image and channel
         out = _CONVOLVE[len(grid)](maps, weight, padding=self.kernel // 2, groups=B * C)

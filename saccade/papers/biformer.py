@@ -31,6 +31,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.site import Site
 from saccade.ops.attend import attend
+from saccade.ops.sizes import ceil_div
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
@@ -122,7 +123,7 @@ class BiLevelRouting(nn.Module):
 
     def layout(self, grid: Grid) -> tuple[Grid, Grid]:
         """Sides of a region, and of the padded grid, in tokens."""
-        side = tuple(-(-size // self.regions) for size in grid)
+        side = tuple(ceil_div(size, self.regions) for size in grid)
         return side, tuple(self.regions * part for part in side)
 
     def attend(self, qkv: Tensor, means: Tensor, grid: Grid) -> Tensor:
@@ -211,7 +212,7 @@ class LatePaddedRouting(BiLevelRouting):
 
     def layout(self, grid: Grid) -> tuple[Grid, Grid]:
         side: Grid = tuple(torch.sym_max(size // self.regions, 1) for size in grid)  # type: ignore[misc]
-        return side, tuple(-(-size // part) * part for size, part in zip(grid, side, strict=True))
+        return side, tuple(ceil_div(size, part) * part for size, part in zip(grid, side, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])

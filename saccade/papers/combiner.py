@@ -30,6 +30,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.ops.attend import attend
+from saccade.ops.sizes import ceil_div
 from saccade.ops.window import crop, pad_to_multiple
 from saccade.parts.attention import check_heads
 from saccade.parts.tokens import global_tokens
@@ -123,7 +124,7 @@ class CombinerFixed(nn.Module):
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         """Multiply-adds: 4 N C^2, 2 N (T + S) C for T tokens and S rows, 2 N C for the abstractions."""
         length = self.row or grid[-1]
-        rows = -(-prod(grid) // length)
+        rows = ceil_div(prod(grid), length)
         tokens = rows * length
         return 4 * tokens * site.dim**2 + 2 * tokens * (length + rows + 1) * site.dim
 

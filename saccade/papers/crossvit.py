@@ -32,6 +32,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
+from saccade.ops.sizes import ceil_div
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, DropPath, Norm
 from saccade.parts.class_attention import ClassAttention
@@ -133,7 +134,7 @@ class Branch(nn.Module):
         for length in size:
             if isinstance(length, int) and length == self.twin:
                 length = self.base
-            sides.append(-(-length * self.side // (self.base * self.patch)) * self.patch)
+            sides.append(ceil_div(length * self.side, self.base * self.patch) * self.patch)
         return tuple(sides)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:

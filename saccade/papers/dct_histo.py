@@ -33,6 +33,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.ops.cosine import cosine_transform, inverse_cosine_transform
+from saccade.ops.sizes import ceil_div
 from saccade.parts.attention import check_heads
 from saccade.parts.block import LAYER_NORM, residual_tail
 from saccade.parts.convolution import conv_norm
@@ -92,7 +93,7 @@ class DctAttention(nn.Module):
         if self.keep > 1:
             smaller: Any = torch.sym_min
             return tuple(smaller(side, int(self.keep)) for side in grid)
-        return tuple(-(-side * self.keep.numerator // self.keep.denominator) for side in grid)
+        return tuple(ceil_div(side * self.keep.numerator, self.keep.denominator) for side in grid)
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         """Multiply-adds: 4 T C^2 + 2 T^2 C for T kept frequencies, and the products with cosines there and back."""

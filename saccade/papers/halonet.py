@@ -32,6 +32,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import MixerFactory, Site
 from saccade.ops.attend import attend
+from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
@@ -91,7 +92,7 @@ def key_places(grid: tuple[int, ...], block: int, halo: int, device: torch.devic
     number, keys = torch.arange(prod(counts), device=device)[:, None], torch.arange(block + 2 * halo, device=device)
     places = []
     for count in reversed(counts):
-        places.append(number % count * block - halo + keys)
+        places.append(modulo(number, count) * block - halo + keys)
         number = number // count
     return places[::-1]
 

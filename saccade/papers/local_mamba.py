@@ -29,6 +29,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.ops.sizes import ceil_div
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
 from saccade.parts.ssm import Selection, scan_together, selection_names, step_rank
 
@@ -138,7 +139,7 @@ class Order:
         tokens = tokens.flip(1) if self.flip else tokens
         if self.window > 1:
             window = (self.window,) * len(grid)
-            padded = tuple(-(-side // self.window) * self.window for side in grid)
+            padded = tuple(ceil_div(side, self.window) * self.window for side in grid)
             return crop(merge(tokens.unflatten(1, (-1, prod(window))).flatten(0, 1), window, padded), grid)
         if self.columns:
             rank = len(grid)

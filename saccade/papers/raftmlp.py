@@ -25,6 +25,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
+from saccade.ops.sizes import ceil_div
 from saccade.parts.block import Block
 from saccade.parts.mlp import Mlp
 from saccade.parts.position import resample
@@ -121,7 +122,7 @@ class MultiScaleEmbed(nn.Module):
 
 def whole_patches(image: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) resized (bicubic) up to whole patches."""
-    size = [-(-side // patch) * patch for side in image.shape[2:]]
+    size = [ceil_div(side, patch) * patch for side in image.shape[2:]]
     if all(isinstance(side, int) for side in size) and list(image.shape[2:]) == size:
         return image
     return F.interpolate(image, size=size, mode="bicubic", align_corners=False)

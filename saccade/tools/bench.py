@@ -100,6 +100,11 @@ def pair(name: str, size: int = 224) -> tuple[nn.Module, nn.Module, str]:
     ours = create_model(name, img_size=size).eval()
     if not 0.98 < _params(ours) / _params(theirs) < 1.02:
         raise SaccadeError(f"timm's {other} is another model: {_params(theirs)} parameters, ours has {_params(ours)}")
+    try:
+        with torch.no_grad():
+            theirs(torch.zeros(1, settings.input_size[0], size, size))
+    except RuntimeError as reason:  # some take their own size alone
+        raise SaccadeError(f"timm's {other} does not run at {size} pixels ({reason}): leave --against out") from None
     with torch.no_grad():  # initial layer scales are so small that a wrong branch would not show in the output
         for weight in theirs.parameters():
             weight += 0.1 * torch.rand_like(weight) if weight.ndim == 1 else 0
