@@ -9,6 +9,7 @@ makes the other channels from those by a grouped convolution, and ends in two Ko
 
 Manzari, Asgariandehkordi, Koleilat, Xiao, Rivaz, "Medical Image Classification with KAN-Integrated Transformers and
 Dilated Neighborhood Attention", 2025, section 3. Delis, FasterKAN, 2024.
+The layer of splines that it stands for (Liu et al., KAN, 2024) is beside it in `parts/kan.py`.
 
 Any grid: pooling counts no padding; fewer tokens than R^2 make one key; tokens beyond a multiple of R^2 are no keys.
 Quirks kept: neighborhood attention and the Kolmogorov-Arnold layers read the memory of (B, C, H, W) as (B, H, W, C), so
@@ -36,8 +37,8 @@ from saccade.ops.window import crop
 from saccade.parts.attention import check_heads
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import conv_norm, depthwise
+from saccade.parts.kan import KanLayer
 from saccade.parts.mbconv import SamePool
-from saccade.parts.mlp import WHOLE
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.squeeze import SqueezeExcite, divisible
@@ -53,11 +54,11 @@ CARD = Card(
     code="Omid-Nejati/MedViTV2@8d54f66",
     licence="MIT",
     read="code",
-    keywords="Kolmogorov-Arnold network, KAN, FasterKAN, neighborhood attention, hybrid, medical images, MedViT",
+    keywords="Kolmogorov-Arnold network, KAN, FasterKAN, B-spline, neighborhood attention, medical images, MedViT",
     kinds=("backbone", "mixer"),
     mixers={"scrambled_neighborhood": "ScrambledNeighborhood", "run_pooled_attention": "RunPooledAttention"},
-    goldens=("medvit_v2_tiny", "op_faster_kan", "op_medvit_v2_gfp", "op_medvit_v2_lfp"),
-    tests=("tests/papers/test_medvit_v2.py",),
+    goldens=("medvit_v2_tiny", "kan_mlp", "op_faster_kan", "op_kan_linear", "op_medvit_v2_gfp", "op_medvit_v2_lfp"),
+    tests=("tests/papers/test_medvit_v2.py", "tests/parts/test_kan.py"),
 )
 
 
@@ -137,36 +138,6 @@ class RunPooledAttention(nn.Module):
     def reach(self, site: Site) -> None:
         """Every token reaches every other, in the mean of its run."""
         return None
-
-
-class KanLayer(nn.Module):
-    """W b(norm(x)), b the bumps 1 - tanh^2((x_i - g) / width) of each input at each knot g: (..., I) -> (..., O)."""
-
-    grid: Tensor
-
-    def __init__(
-        self, dim: int, out_dim: int, low: float = -2.0, high: float = 2.0, knots: int = 8, width: float = 0.33
-    ) -> None:
-        super().__init__()
-        self.width = width
-        self.norm = nn.LayerNorm(dim)
-        self.register_buffer("grid", torch.linspace(low, high, knots))
-        self.linear = nn.Linear(dim * knots, out_dim, bias=False)
-        nn.init.xavier_uniform_(self.linear.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        free = not all(isinstance(side, int) for side in x.shape)  # sizes that export leaves open cannot choose
-        if free or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            bumps = 1 - ((x[..., None] - self.grid) / self.width).tanh().square()
-            return self.linear(bumps.flatten(-2))
-        # Bumps are as many times wider than the map as there are knots: take them in pieces that stay in the cache.
-        pieces = x.flatten(0, -2).split(max(WHOLE // self.linear.in_features, 1))
-        return torch.cat([self.linear(self._bumps(piece)) for piece in pieces]).view(*x.shape[:-1], -1)
-
-    def _bumps(self, x: Tensor) -> Tensor:
-        switch = ((x / self.width)[..., None] - self.grid / self.width).tanh_()
-        return torch.addcmul(switch.new_ones(()), switch, switch, value=-1, out=switch).flatten(-2)
 
 
 class LocalFeedForward(nn.Sequential):
@@ -316,6 +287,7 @@ KAN: KeyMap = (
     (r"layers\.(\d+)\.rbf\.grid", r"\1.grid"),
     (r"layers\.(\d+)\.spline_linear\.weight", r"\1.linear.weight"),
 )
+SPLINES: KeyMap = ((r"layers\.(\d+)\.(.*)", r"\1.\2"),)  # efficient-kan
 FEED_FORWARD: KeyMap = (
     (r"conv\.6\.fc\.0\.(.*)", r"6.fc1.\1"),
     (r"conv\.6\.fc\.2\.(.*)", r"6.fc2.\1"),

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from saccade import SaccadeError, Site, create_model
-from saccade.papers.medvit_v2 import KanLayer, RunPooledAttention, scrambled, unscrambled
-
-
-def test_a_kan_layer_is_a_sum_of_bumps_of_each_input():
-    """Against loops; in pieces, without gradients, the same as whole."""
-    torch.manual_seed(0)
-    layer = KanLayer(3, 2, low=-1.0, high=1.0, knots=4, width=0.5).double()
-    x = torch.randn(5, 3, dtype=torch.float64)
-    normed, weight = layer.norm(x).detach(), layer.linear.weight.detach().view(2, 3, 4)
-    wanted = torch.tensor([[sum(
-        float(weight[out, i, g]) * (1 - math.tanh((float(normed[row, i]) - (-1 + 2 * g / 3)) / 0.5) ** 2)
-        for i in range(3) for g in range(4)) for out in range(2)] for row in range(5)], dtype=torch.float64)
-    torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-7)
-    long = torch.randn(2, 300, 400, 3, dtype=torch.float64)
-    with torch.no_grad():
-        pieces = layer(long)
-    torch.testing.assert_close(pieces, layer(long))
+from saccade.papers.medvit_v2 import RunPooledAttention, scrambled, unscrambled
 
 
 def test_scrambled_tokens_are_runs_of_pixels_of_a_channel():

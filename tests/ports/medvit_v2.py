@@ -6,19 +6,21 @@ from torch import nn
 
 from saccade import Site
 from saccade.core.build import create_model
+from saccade.core.keymap import rename
 from saccade.papers.medvit_v2 import (
     GLOBAL,
     KAN,
     LOCAL,
     SIZES,
+    SPLINES,
     TAPS,
     GlobalBlock,
-    KanLayer,
     LocalBlock,
     RunPooledAttention,
     ScrambledNeighborhood,
     names,
 )
+from saccade.parts.kan import KanLayer, SplineKanLayer
 from saccade.parts.squeeze import divisible
 from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
@@ -36,6 +38,15 @@ def build(golden: dict) -> Port:
                 if theirs in args}
             layers = [KanLayer(*pair, **options) for pair in zip(widths, widths[1:])]
             return Port(nn.Sequential(*layers), key_map(KAN))
+        case "KAN" | "KANLinear":
+            options = {ours: args[theirs] for ours, theirs in (("cells", "grid_size"), ("degree", "spline_order"))
+                       if theirs in args}
+            options |= dict(zip(("low", "high"), args.get("grid_range", ())))
+            widths = args["layers_hidden"] if what == "KAN" else (args["in_features"], args["out_features"])
+            layers = [SplineKanLayer(*pair, **options) for pair in zip(widths, widths[1:])]
+            network = nn.Sequential(*layers) if what == "KAN" else layers[0]
+            grids = dict(network.named_buffers())  # which no golden holds
+            return Port(network, lambda state: rename(state, SPLINES).state | grids)
         case "LFP":
             site = Site(args["out_channels"], args["out_channels"] // head_dim, grid=tuple(x.shape[2:]))
             block = LocalBlock(site, ScrambledNeighborhood(site), before=args["in_channels"],
