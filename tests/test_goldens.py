@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saccade import Site
+from saccade.core.apply import KIND
 from saccade.core.index import index
 from saccade.tools.golden import make_inputs, make_state, read_golden
 from saccade.tools.measure import declared_macs
@@ -51,10 +52,16 @@ def wrong_in(golden):
 
 @pytest.mark.parametrize("name", [name for name, path in PATHS.items() if read_golden(path)["macs"] is not None])
 def test_declared_multiply_adds(name):
-    """Declared (mathematical) multiply-adds within 1 % of what was counted on the authors' code."""
+    """Declared (mathematical) multiply-adds within 1 % of what was counted on the authors' code.
+
+    Methods that let tokens go may save more than their authors' code, which multiplies some by zero.
+    """
     golden = read_golden(PATHS[name])
     port = import_module(f"tests.ports.{CLAIMED[name]}").build(golden)
     arguments = port.inputs(make_inputs(golden))
+    reduces = KIND in index()["papers"][CLAIMED[name]]["kinds"]
+    if reduces:  # as many as the weights decide
+        port.module.load_state_dict(port.rename(make_state(golden)), strict=False)
     if hasattr(port.module, "cost"):
         x = arguments[0]
         site = Site(x.shape[-1], getattr(port.module, "heads", 1), grid=tuple(x.shape[1:-1]))
@@ -63,7 +70,10 @@ def test_declared_multiply_adds(name):
         declared += port.module.shared_cost(site, site.grid) if hasattr(port.module, "shared_cost") else 0
     else:
         declared = declared_macs(port.module, arguments)
-    assert declared == pytest.approx(golden["macs"], rel=0.01)
+    if reduces:
+        assert declared <= 1.01 * golden["macs"]
+    else:
+        assert declared == pytest.approx(golden["macs"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -108,12 +108,12 @@ class HostBlock(nn.Module):
         return x
 
 
-def class_attention(q: Tensor, k: Tensor, prefix: int) -> Tensor:
+def class_attention(q: Tensor, k: Tensor, prefix: int, bias: Tensor | float = 0.0) -> Tensor:
     """How much the class token looks at each other token: the mean over heads of its softmax, (B, N) without prefix.
 
     q, k (B, heads, P + N, d); one row of the attention, not its whole map.
     """
-    row = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    row = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1)
     return row[:, :, 0, prefix:].mean(1)
 
 

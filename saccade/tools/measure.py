@@ -36,10 +36,16 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
 def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Multiply-adds of a forward with each token mixer at its declared cost instead of what its fast path executes."""
-    meta = without_data(model)
-    names = [name.removesuffix("mixer").removesuffix(".") for name, module in meta.named_modules()
+    try:
+        return _declared(without_data(model), tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
+    except Exception:  # as in `count_macs`
+        return _declared(copy.deepcopy(model), inputs)
+
+
+def _declared(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    names = [name.removesuffix("mixer").removesuffix(".") for name, module in model.named_modules()
              if name.endswith("mixer") and hasattr(module, "cost")]
-    blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): meta.get_submodule(name) for name in names}
+    blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): model.get_submodule(name) for name in names}
     grids: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -51,10 +57,10 @@ def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
         block.mixer.register_forward_pre_hook(keep(name))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        meta.eval()(*tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
+        model.eval()(*inputs)
     counts = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     total = int(counter.get_total_flops()) // 2
-    prefix = {"prefix": meta.prefix_count} if getattr(meta, "prefix_count", 0) else {}
+    prefix = {"prefix": model.prefix_count} if getattr(model, "prefix_count", 0) else {}
     for name, block in blocks.items():
         if name not in grids:
             continue  # a method calls the mixer's projections itself

@@ -17,6 +17,7 @@ from tests.contracts.registered import over, randomised
 
 # A method's options under which nothing is left out (the host's very numbers), and under which much is.
 OPTIONS = {
+    "ats": (dict(layers=()), dict(samples=12, layers=(1, 3))),
     "evit": (dict(keep=1.0, layers=(1, 3)), dict(keep=0.5, layers=(1, 3))),
 }
 HOSTS = {
