@@ -21,13 +21,15 @@ TAILS = (("scale1", "ls1", "drop_path1"), ("scale2", "ls2", "drop_path2"))
 class Kept:
     """The tokens that are left in a forward, by their numbers in the sequence that entered the first block.
 
-    `numbers` is (B, N) or (1, N); -1 stands for a token made of several, and for padding.
+    `numbers` is (B, N) or (1, N); -1 stands for a token made of several, and for padding. `sizes` (B, N) are the tokens
+    that each is made of, where a method counts them.
     """
 
     numbers: Tensor
+    sizes: Tensor | None
 
     def start(self, tokens: Tensor) -> None:
-        self.numbers = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        self.numbers, self.sizes = torch.arange(tokens.shape[1], device=tokens.device)[None], None
 
     def choose(self, index: Tensor, fused: int = 0) -> None:
         """Keep the tokens `index` (B, N'), and `fused` new ones after them."""
