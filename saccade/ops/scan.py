@@ -61,8 +61,13 @@ def _scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, steps: int) ->
     outputs = []
     for (x_t, dt_t, b_t), c_t in zip(inputs, c.unbind(-2), strict=True):
         state = _step(state, x_t, dt_t, b_t, a)
-        outputs.append((c_t.unsqueeze(-2) @ state).squeeze(-2))
+        outputs.append(_read(c_t, state))
     return _joined(torch.stack(outputs, -2), length)
+
+
+def _read(c: Tensor, state: Tensor) -> Tensor:
+    """What (.., n) reads of states (.., n, E); matrices one number wide would put a guard on open sizes."""
+    return c * state.squeeze(-2) if state.shape[-2] == 1 else (c.unsqueeze(-2) @ state).squeeze(-2)
 
 
 def _step(state: Tensor, x: Tensor, dt: Tensor, b: Tensor, a: Tensor) -> Tensor:

@@ -8,30 +8,39 @@ says which channels count,
 with gate(y) = sigmoid(select(gelu(reduce(mean over tokens of norm(y))))) shared by the orders. Which orders a layer
 runs is found by a search; its results are the published models.
 
+LocalVim is a plain network of these layers without class token or MLP, x = rotate(x), x += mixer(rms_norm(x)): every
+layer turns all channels of a token, in pairs, by angles that grow with its row (first half) and its column.
+
 Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024, sections 3.2-3.4.
 
 Any grid: for windows, (x, z) is zero-padded at its end, after in_proj and before convolution and scan, which padded
-tokens take part in, and cropped behind them.
-Quirks kept: the class token keeps its number, floor(N / 2), in every order, padded ones too; "_flip" turns the padding
-to the front. The authors' way back from "v" is right on square grids alone; ours is right on all.
+tokens take part in, and cropped behind them. Positions, and cosines and sines, are resampled (bicubic).
+Quirks kept: LocalVim turns the shortcut as well, what a layer added in every later one; the authors' file defines
+local_vim_small twice, and the later, without searched orders, is what runs; the class token keeps its number,
+floor(N / 2), in every order, padded ones too; "_flip" turns the padding to the front. The authors' way back from "v" is
+right on square grids alone; ours is right on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
-from saccade.core.keymap import KeyMap
+from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.site import Site
 from saccade.ops.sizes import ceil_div
+from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
-from saccade.parts.ssm import Selection, scan_together, selection_names, step_rank
+from saccade.parts.plain import Plain
+from saccade.parts.position import resample
+from saccade.parts.ssm import MixerTokens, RMSNorm, Selection, scan_together, selection_names, step_rank
 
 CARD = Card(
     "LocalMamba: Visual State Space Model with Windowed Selective Scan",
@@ -43,8 +52,12 @@ CARD = Card(
     licence="Apache-2.0",
     read="paper, code",
     keywords="windowed selective scan, local scan, scan directions, channel gate",
-    kinds=("mixer",),
+    kinds=("backbone", "mixer"),
     mixers={"local_mamba": "LocalMamba"},
+    params={"local_vim_tiny": 8e6, "local_vim_small": 28e6},
+    top1={"local_vim_tiny": 76.2, "local_vim_small": 81.2},
+    weights={"local_vim_tiny": Weights(
+        "https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt", licence="Apache-2.0")},
     goldens=("op_local_mamba", "op_local_mamba_middle_cls"),
     tests=("tests/papers/test_local_mamba.py",),
 )
@@ -172,7 +185,67 @@ def taken_out(tokens: Tensor, count: int, at: int) -> tuple[Tensor, Tensor]:
     return torch.cat([tokens[:, :at], tokens[:, at + count:]], 1), tokens[:, at : at + count]
 
 
-def AUTHORS(orders: int) -> KeyMap:
+class TurnedTokens(MixerTokens):
+    """x = rotate(x); x += tail(mixer(norm(x))), on grid tokens (B, N, C) without prefix."""
+
+    def forward(self, tokens: Tensor, count: int, grid: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        turn = rotations(self.site.grid, tokens.shape[-1], tokens.dtype, tokens.device)
+        cos, sin = resample(turn, grid).flatten(1, -2).unflatten(-1, (2, -1, 1)).unbind(2)
+        a, b = tokens.unflatten(-1, (-1, 2)).split(1, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return super().forward(turned, count, grid)
+
+
+@table
+def rotations(grid: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, *grid, dim): dim / 2 cosines, as many sines, of angles p 10000^(-2 i / d), d = dim / rank channels an axis.
+
+    p is the place on a side of 14, whatever the grid. (Su et al., "RoFormer", 2021; Fang et al., "EVA-02", 2023.)
+    """
+    rank, angles = len(grid), []
+    if dim % (2 * rank):
+        raise SaccadeError(f"{dim} channels on {rank} axes: give a multiple of {2 * rank}, a pair an axis")
+    rate = 10000 ** (-torch.arange(0, dim // rank, 2, device=device) / (dim // rank))
+    for axis, side in enumerate(grid):
+        angle = (torch.arange(side, device=device) / side * 14)[:, None] * rate
+        shape = [1] * rank
+        shape[axis] = side
+        angles.append(angle.view(*shape, -1).expand(*grid, -1))
+    angle = torch.cat(angles, -1)[None]
+    return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)
+
+
+# Of each layer of LocalVim-T, as its search found them.
+_SEARCHED = """
+    h v_flip w7 w7_flip,  h_flip w2_flip w7 w7_flip,  h h_flip v w7,  h h_flip v v_flip,  h h_flip v v_flip,
+    h h_flip v v_flip,  h_flip v v_flip w7,  h_flip v v_flip w2_flip,  h h_flip v v_flip,  h h_flip v v_flip,
+    h v v_flip w2,  h v v_flip w2_flip,  h h_flip v_flip w7,  h_flip v v_flip w2,  h h_flip v v_flip,
+    h v w2 w2_flip,  v v_flip w2 w7,  h h_flip v w2,  h h_flip w2_flip w7,  v v_flip w2 w2_flip
+"""
+_TINY = tuple(tuple(layer.split()) for layer in _SEARCHED.split(","))
+_FIXED = (("h", "h_flip", "w2", "w2_flip"),)
+SIZES: dict[str, dict[str, Any]] = {
+    "local_vim_tiny": dict(dim=192, orders=_TINY),
+    "local_vim_tiny_wo_search": dict(dim=192, orders=_FIXED * 20),
+    "local_vim_small": dict(dim=384, orders=_FIXED * 20),
+    "local_vim_nano": dict(dim=32, orders=_TINY[1:3], patch=4, img_size=32),
+}
+
+
+def local_mamba(
+    dim: int, orders: Sequence[Sequence[str]], patch: int = 16, global_pool: Any = "avg", mixer: Any = None,
+    **common: Any,
+) -> Plain:
+    """A LocalVim of a width, a layer for each of the sets of `orders`."""
+
+    def own(site: Site) -> LocalMamba:
+        return LocalMamba(site, orders[site.index])
+
+    return Plain(dim, len(orders), max(dim // 64, 1), patch=patch, prefix=0, mixer=own, block=TurnedTokens,
+                 norm=RMSNorm, global_pool=global_pool, replace=mixer, **common)
+
+
+def mixer_names(orders: int) -> KeyMap:
     """The authors' names in a mixer of so many orders."""
     rules = [rule for number in range(orders) for rule in selection_names(f"_{number}", f"selections.{number}")]
     return (
@@ -181,3 +254,13 @@ def AUTHORS(orders: int) -> KeyMap:
         (r"attn\.global_reduce\.(.*)", r"gate.reduce.\1"),
         (r"attn\.channel_select\.(.*)", r"gate.select.\1"),
     )
+
+
+AUTHORS: KeyMap = (
+    Dropped(r"rope\.freqs_(cos|sin)", "derived buffer"),
+    ("pos_embed", "position"),
+    (r"patch_embed\.(.*)", r"stem.\1"),
+    *within((*mixer_names(4), (r"(.*)", r"\1")), r"layers\.(\d+)\.mixer\.", r"blocks.\1.mixer."),
+    (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
+    (r"norm_f\.(.*)", r"norm.\1"),
+)

@@ -3,27 +3,33 @@
 Mamba sees only what came before. Here the sequence and its reverse, of shared projections (x, z), go each through a
 selection of its own (convolution, steps, decays), each gated by its own z,
     out = out_proj((y_forward silu(z) + reversed(y_backward reversed(silu(z)))) / 2).
-Both directions run in one scan. The class token stands in the middle of the sequence.
+Both directions run in one scan. The network is plain, of patches of 16 pixels and a class token in the middle of the
+sequence; a block is x += mixer(rms_norm(x)), without an MLP.
 
 Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", 2024,
 section 3.3, algorithm 1.
 
-Any grid: tokens are taken in row-major order, prefix tokens in their middle, after floor(N / 2) of them.
+Any grid: tokens are taken in row-major order, prefix tokens in their middle, after floor(N / 2) of them; the position
+table is resampled (bicubic), images are zero-padded at their end to whole patches.
 Quirks kept: the division by two, which the released models have and the paper's algorithm does not (`mean`).
 """
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.keymap import KeyMap
+from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
-from saccade.parts.ssm import Selection, scan_together, selection_names, step_rank
+from saccade.parts.plain import Plain
+from saccade.parts.ssm import MixerTokens, RMSNorm, Selection, scan_together, selection_names, step_rank
+
+_LONG = "_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_"
 
 CARD = Card(
     "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
@@ -35,8 +41,15 @@ CARD = Card(
     licence="Apache-2.0",
     read="paper, code",
     keywords="bidirectional state space model, vision mamba, selective scan, middle class token",
-    kinds=("mixer",),
+    kinds=("backbone", "mixer"),
     mixers={"bidirectional_mamba": "BidirectionalMamba"},
+    params={"vim_tiny": 7e6, "vim_small": 26e6, "vim_base": 98e6},
+    top1={"vim_tiny": 76.1, "vim_small": 80.5, "vim_base": 81.9},
+    aliases={
+        **{f"vim_{size}_patch16_224": f"vim_{size}" for size in ("tiny", "small", "base")},
+        **{f"vim_{size}{_LONG}midclstok_div2": f"vim_{size}" for size in ("tiny", "small")},
+        f"vim_base{_LONG}middle_cls_token_div2": "vim_base",
+    },
     goldens=("op_vim_bimamba_v2",),
     tests=("tests/papers/test_vim.py",),
 )
@@ -89,8 +102,36 @@ class BidirectionalMamba(nn.Module):
         return None
 
 
-AUTHORS: KeyMap = (
+SIZES: dict[str, dict[str, Any]] = {
+    "vim_tiny": dict(dim=192, depth=24),
+    "vim_small": dict(dim=384, depth=24),
+    "vim_base": dict(dim=768, depth=24),
+    "vim_nano": dict(dim=32, depth=2, patch=4, img_size=32),
+}
+
+
+def vim(dim: int, depth: int, patch: int = 16, mixer: Any = None, **common: Any) -> Plain:
+    """A Vision Mamba of a size."""
+    return Plain(dim, depth, max(dim // 64, 1), patch=patch, mixer=BidirectionalMamba, block=MixerTokens, norm=RMSNorm,
+                 replace=mixer, **common)
+
+
+def middle_first(table: Tensor) -> Tensor:
+    """A position table (1, N + 1, C) whose class token is in the middle, with it first."""
+    half = (table.shape[1] - 1) // 2
+    return torch.cat([table[:, half:half + 1], table[:, :half], table[:, half + 1:]], 1)
+
+
+MIXER: KeyMap = (
     (r"A_b_log", "backwards.A_log"),
     *selection_names("_b", "backwards"),
     *selection_names("", "forwards"),
+)
+AUTHORS: KeyMap = (
+    ("cls_token", "prefix", without_first_axis),
+    ("pos_embed", "position", middle_first),
+    (r"patch_embed\.(.*)", r"stem.\1"),
+    *within((*MIXER, (r"(.*)", r"\1")), r"layers\.(\d+)\.mixer\.", r"blocks.\1.mixer."),
+    (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
+    (r"norm_f\.(.*)", r"norm.\1"),
 )

@@ -184,7 +184,7 @@ def vm_unet(
 
 
 def _block(theirs: str, ours: str) -> list[Rule]:
-    scan = (*paper_module("vmamba").AUTHORS, (r"(.*)", r"\1"))
+    scan = (*paper_module("vmamba").MIXER, (r"(.*)", r"\1"))
     return [(theirs + r"ln_1\.(.*)", ours + r"norm.\3"),
             *within(scan, theirs + r"self_attention\.", ours + "mixer.")]
 

@@ -4,28 +4,38 @@ A scan orders tokens in a line and neighbours of a picture are not neighbours th
 by row, column by column and both from their ends, each with steps, inputs, readouts and decays of its own, bring every
 token what lies in each quadrant around it,
     out = out_proj(norm(sum over ways w of back_w(scan_w(u ordered by w))) silu(z)),
-where (x, z) = in_proj(tokens) and u = silu(depthwise convolution(x)). A block is x += SS2D(norm(x)), without an MLP.
-Projections do not care for the order of tokens: those of all ways are one product; all ways are one scan.
+where (x, z) = in_proj(tokens) and u = silu(depthwise convolution(x)). Projections do not care for the order of tokens:
+those of all ways are one product; all ways are one scan. The published networks are pyramids without the gate, of one
+state a channel: x += SS2D(norm(x)), x += mlp(norm(x)). (The first release had the gate, 16 states and no MLP.)
 
-Liu et al., "VMamba: Visual State Space Model", 2024, sections 4.2-4.3 (the first release, with gate and without MLP).
+Liu et al., "VMamba: Visual State Space Model", 2024, sections 4.2-4.3. Names say the expansion and the third stage's
+depth: s2l15 is 2 and 15.
 
-Any grid. Sequences have two ways, volumes six: each axis in turn runs fastest.
+Any grid. Sequences have two ways, volumes six: each axis in turn runs fastest. Convolutions with stride pad with zeros.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
-from saccade.core.keymap import KeyMap
+from saccade.core.card import Card, Weights
+from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
 from saccade.ops.scan import selective_scan
-from saccade.parts.convolution import depthwise
+from saccade.parts.block import Block
+from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.merging import ConvMerging
+from saccade.parts.pyramid import Pyramid
 from saccade.parts.ssm import log_rates, step_bias, step_rank
+from saccade.parts.stem import ConvStem
+
+_ADDRESS = "https://github.com/MzeroMiko/VMamba/releases/download/%2320240316/vssm_"
 
 CARD = Card(
     "VMamba: Visual State Space Model",
@@ -37,15 +47,26 @@ CARD = Card(
     licence="MIT",
     read="paper, code",
     keywords="cross-scan, SS2D, visual state space, selective scan, four directions",
-    kinds=("mixer",),
+    kinds=("backbone", "mixer"),
     mixers={"cross_scan": "CrossScan"},
+    params={"vmamba_tiny_s1l8": 30e6, "vmamba_tiny_s2l5": 31e6, "vmamba_small_s2l15": 50e6, "vmamba_small_s1l20": 49e6,
+            "vmamba_base_s2l15": 89e6, "vmamba_base_s1l20": 87e6},
+    top1={"vmamba_tiny_s1l8": 82.6, "vmamba_tiny_s2l5": 82.5, "vmamba_small_s2l15": 83.6, "vmamba_small_s1l20": 83.3,
+          "vmamba_base_s2l15": 83.9, "vmamba_base_s1l20": 83.8},
+    aliases={"vmamba_tiny": "vmamba_tiny_s1l8", "vmamba_small": "vmamba_small_s2l15",
+             "vmamba_base": "vmamba_base_s2l15"},
+    weights={
+        "vmamba_tiny_s2l5": Weights(f"{_ADDRESS}tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_small_s2l15": Weights(f"{_ADDRESS}small_0229_ckpt_epoch_222.pth"),
+        "vmamba_base_s2l15": Weights(f"{_ADDRESS}base_0229_ckpt_epoch_237.pth"),
+    },
     goldens=("op_ss2d", "op_vss_block"),
     tests=("tests/papers/test_vmamba.py",),
 )
 
 
 class CrossScan(nn.Module):
-    """Scans along every axis and from both ends, summed, normed and gated: (B, *grid, C) -> (B, *grid, C).
+    """Scans along every axis and from both ends, summed, normed and, with `gate`, gated: (B, *grid, C) -> the same.
 
     `rank` is the width from which the steps are projected (C / 16 unless given), `kernel` the convolution's.
     """
@@ -56,12 +77,13 @@ class CrossScan(nn.Module):
 
     def __init__(
         self, site: Site, states: int = 16, kernel: int = 3, expand: float = 2, rank: int | None = None,
-        bias: bool = False, conv_bias: bool = True,
+        bias: bool = False, conv_bias: bool = True, gate: bool = True,
     ) -> None:
         super().__init__()
         inner, rank = int(expand * site.dim), step_rank(site.dim) if rank is None else rank
         self.ways, self.kernel, self.split = 2 * site.rank, kernel, (rank, states, states)
-        self.in_proj = nn.Linear(site.dim, 2 * inner, bias=bias)
+        self.gate = gate
+        self.in_proj = nn.Linear(site.dim, 2 * inner if gate else inner, bias=bias)
         self.conv = depthwise(site.rank, inner, kernel, bias=conv_bias)
         self.x_proj = nn.Linear(inner, self.ways * sum(self.split), bias=False)
         self.dt_weight = nn.Parameter(torch.empty(self.ways, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
@@ -73,7 +95,7 @@ class CrossScan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        inner, gate = self.in_proj(x).chunk(2, -1)
+        inner, *gate = self.in_proj(x).chunk(2 if self.gate else 1, -1)
         u = F.silu(self.conv(inner))
         chosen = self.x_proj(u).unflatten(-1, (self.ways, -1))  # (B, *grid, ways, rank + 2 n)
         r, b, c = ordered(chosen, shared=False).split(self.split, -1)
@@ -81,12 +103,15 @@ class CrossScan(nn.Module):
         bias, skip, rates = (value.unflatten(0, (self.ways, -1)) for value in (self.dt_bias, self.D, self.A_log))
         dt = F.softplus(r @ self.dt_weight.mT + bias.unsqueeze(-2))
         y = selective_scan(u, dt, -rates.exp(), b, c) + u * skip.unsqueeze(-2)
-        return self.out_proj(self.norm(put_back(y, grid)).to(gate.dtype) * F.silu(gate))
+        out = self.norm(put_back(y, grid)).to(inner.dtype)
+        return self.out_proj(out * F.silu(gate[0]) if gate else out)
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        """Multiply-adds a token: 3 C E for the projections, k^r E for the convolution, (2 rank + 3 n) E for a way."""
+        """Multiply-adds a token: 3 C E (2 C E without gate) for the projections, k^r E for the convolution, and
+        (2 rank + 3 n) E for a way.
+        """
         inner, (rank, states, _) = self.dt_weight.shape[1], self.split
-        each = 3 * site.dim + self.kernel**site.rank + self.ways * (2 * rank + 3 * states)
+        each = (3 if self.gate else 2) * site.dim + self.kernel**site.rank + self.ways * (2 * rank + 3 * states)
         return prod(grid) * inner * each
 
     def reach(self, site: Site) -> None:
@@ -119,7 +144,34 @@ def put_back(y: Tensor, grid: tuple[int, ...]) -> Tensor:
     return total.contiguous()
 
 
-AUTHORS: KeyMap = (
+def conv_stem(rank: int, in_chans: int, dim: int) -> ConvStem:
+    """Two 3x3 convolutions of stride 2, each with a norm, GELU between them: (B, C, *size) -> (B, *size / 4, dim)."""
+    return ConvStem(
+        grid_conv(rank, in_chans, dim // 2, 3, stride=2, padding=1), nn.LayerNorm(dim // 2), nn.GELU(),
+        grid_conv(rank, dim // 2, dim, 3, stride=2, padding=1), nn.LayerNorm(dim),
+    )
+
+
+_WIDE, _WIDER = (96, 192, 384, 768), (128, 256, 512, 1024)
+SIZES: dict[str, dict[str, Any]] = {
+    "vmamba_tiny_s1l8": dict(dims=_WIDE, depths=(2, 2, 8, 2), expand=1),
+    "vmamba_tiny_s2l5": dict(dims=_WIDE, depths=(2, 2, 5, 2), expand=2),
+    "vmamba_small_s2l15": dict(dims=_WIDE, depths=(2, 2, 15, 2), expand=2),
+    "vmamba_small_s1l20": dict(dims=_WIDE, depths=(2, 2, 20, 2), expand=1),
+    "vmamba_base_s2l15": dict(dims=_WIDER, depths=(2, 2, 15, 2), expand=2),
+    "vmamba_base_s1l20": dict(dims=_WIDER, depths=(2, 2, 20, 2), expand=1),
+    "vmamba_nano": dict(dims=(16, 32), depths=(1, 2), expand=1, img_size=32),
+}
+
+
+def vmamba(dims: tuple[int, ...], depths: tuple[int, ...], expand: float, mixer: Any = None, **common: Any) -> Pyramid:
+    """A VMamba of a size."""
+    scan = partial(CrossScan, states=1, expand=expand, conv_bias=False, gate=False)
+    return Pyramid(dims, depths, [max(dim // 32, 1) for dim in dims], stem=conv_stem, downsample=ConvMerging,
+                   block=partial(Block, norm=nn.LayerNorm), mixer=scan, norm=nn.LayerNorm, replace=mixer, **common)
+
+
+MIXER: KeyMap = (
     (r"x_proj_weight", "x_proj.weight", lambda weight: weight.flatten(0, 1)),
     (r"dt_projs_weight", "dt_weight"),
     (r"dt_projs_bias", "dt_bias", Tensor.flatten),
@@ -127,4 +179,15 @@ AUTHORS: KeyMap = (
     (r"Ds", "D"),
     (r"conv2d\.(.*)", r"conv.\1"),
     (r"out_norm\.(.*)", r"norm.\1"),
+)
+AUTHORS: KeyMap = (
+    *((rf"patch_embed\.{theirs}\.(.*)", rf"stem.{ours}.\1") for theirs, ours in ((0, 0), (2, 1), (5, 3), (7, 4))),
+    *within((*MIXER, (r"((?:in|out)_proj\..*)", r"\1", pointwise)), r"layers\.(\d+)\.blocks\.(\d+)\.op\.",
+            r"stages.\1.blocks.\2.mixer."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.norm\.(.*)", r"stages.\1.blocks.\2.norm1.\3"),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", r"stages.\1.blocks.\2.\3", pointwise),
+    *((rf"layers\.{stage}\.downsample\.{theirs}\.(.*)", rf"stages.{stage + 1}.downsample.{ours}.\1")
+      for stage in range(3) for theirs, ours in ((1, 0), (3, 1))),
+    (r"classifier\.norm\.(.*)", r"norm.\1"),
+    (r"classifier\.head\.(.*)", r"head.fc.\1"),
 )

@@ -192,8 +192,8 @@ def beside_prefix(mixer: nn.Module, count: int, mode: str | None) -> nn.Module:
 
 
 def initialise(module: nn.Module, spread: float) -> None:
-    """Linear layers from a truncated normal of standard deviation `spread`, biases zero."""
-    if isinstance(module, nn.Linear):
+    """Linear layers from a truncated normal of standard deviation `spread`, biases zero; not those of `own_start`."""
+    if isinstance(module, nn.Linear) and not getattr(module, "own_start", False):
         nn.init.trunc_normal_(module.weight, std=spread)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -15,6 +15,7 @@ from saccade.ops.scan import selective_scan
 from saccade.ops.window import crop
 from saccade.parts.block import LAYER_NORM, Norm, residual_tail
 from saccade.parts.convolution import GridConv1d
+from saccade.parts.tokens import join
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -45,6 +46,17 @@ class CausalConv(GridConv1d):
         return crop(super().forward(x), (x.shape[1],))
 
 
+class StepProjection(nn.Linear):
+    """(..., rank) -> (..., dim), what the softplus of gives steps; a host leaves its start as it is."""
+
+    own_start = True
+
+    def __init__(self, rank: int, dim: int) -> None:
+        super().__init__(rank, dim)
+        nn.init.uniform_(self.weight, -(rank**-0.5), rank**-0.5)
+        self.bias = step_bias(dim)
+
+
 class Selection(nn.Module):
     """A scan whose steps, inputs and readouts are projections of its tokens: (B, L, E) -> (B, L, E).
 
@@ -60,9 +72,7 @@ class Selection(nn.Module):
         self.split = (rank, states, states)
         self.conv = CausalConv(dim, kernel)
         self.x_proj = nn.Linear(dim, sum(self.split), bias=False)
-        self.dt_proj = nn.Linear(rank, dim)
-        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        self.dt_proj.bias = step_bias(dim)
+        self.dt_proj = StepProjection(rank, dim)
         self.A_log = log_rates(dim, states)
         self.D = nn.Parameter(torch.ones(dim))
 
@@ -128,3 +138,13 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.tail(self.mixer(self.norm(x)))
+
+
+class MixerTokens(MixerBlock):
+    """The same block on prefix and grid tokens kept in one sequence (B, P + N, C); only the mixer sees them apart."""
+
+    def forward(self, tokens: Tensor, count: int, grid: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        normed = self.norm(tokens)
+        x, prefix = normed[:, count:].unflatten(1, grid), normed[:, :count]
+        mixed = join(*self.mixer(x, prefix=prefix)) if count else self.mixer(x).flatten(1, -2)
+        return tokens + self.tail(mixed)

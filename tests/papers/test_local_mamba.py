@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from saccade import SaccadeError, Site
-from saccade.papers.local_mamba import LocalMamba, Order
+from saccade import SaccadeError, Site, create_model
+from saccade.core.keymap import rename
+from saccade.papers.local_mamba import SIZES, LocalMamba, Order, mixer_names, rotations
+from saccade.tools.golden import fill
 from tests.contracts.registered import randomised
 
 
@@ -44,3 +47,71 @@ def test_prefix_tokens_are_seen_and_see():
 def test_an_order_that_is_not_known(name):
     with pytest.raises(SaccadeError, match="no order"):
         LocalMamba(Site(16), [name])
+
+
+def test_turns_in_loops():
+    """Pairs of the first half by the row, of the second by the column, on a side of 14."""
+    table = rotations((3, 5), 12, torch.float64, torch.device("cpu"))[0]
+    for row in range(3):
+        for column in range(5):
+            angles = [place * 10000 ** (-2 * pair / 6) for place in (row / 3 * 14, column / 5 * 14)
+                      for pair in range(3)]
+            angles = torch.tensor(angles, dtype=torch.float64)
+            wanted = torch.cat([angles.cos(), angles.sin()])
+            torch.testing.assert_close(table[row, column], wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(SaccadeError, match="10 channels on 2 axes"):
+        rotations((3, 5), 10, torch.float32, torch.device("cpu"))
+
+
+def authors_state(dim=32, tokens=64, classes=5):
+    """The names and shapes of the authors' LocalVim of two layers and patches of 4 pixels."""
+    inner, rank = 2 * dim, dim // 16
+    shapes = {"pos_embed": (1, tokens, dim), "patch_embed.proj.weight": (dim, 3, 4, 4), "patch_embed.proj.bias": (dim,),
+              "rope.freqs_cos": (tokens, dim), "rope.freqs_sin": (tokens, dim), "norm_f.weight": (dim,),
+              "head.weight": (classes, dim), "head.bias": (classes,)}
+    for layer in range(2):
+        at = f"layers.{layer}.mixer."
+        shapes |= {f"layers.{layer}.norm.weight": (dim,), at + "in_proj.weight": (2 * inner, dim),
+                   at + "out_proj.weight": (dim, inner),
+                   at + "attn.norm.weight": (inner,), at + "attn.norm.bias": (inner,),
+                   at + "attn.global_reduce.weight": (inner // 8, inner), at + "attn.global_reduce.bias": (inner // 8,),
+                   at + "attn.channel_select.weight": (inner, inner // 8), at + "attn.channel_select.bias": (inner,)}
+        for n in range(4):
+            shapes |= {f"{at}A_log_{n}": (inner, 16), f"{at}D_{n}": (inner,), f"{at}conv1d_{n}.weight": (inner, 1, 4),
+                       f"{at}conv1d_{n}.bias": (inner,), f"{at}x_proj_{n}.weight": (rank + 32, inner),
+                       f"{at}dt_proj_{n}.weight": (inner, rank), f"{at}dt_proj_{n}.bias": (inner,)}
+    return {name: fill(name, shape, "param") for name, shape in shapes.items()}
+
+
+def test_the_authors_layout(tmp_path):
+    """Step by step from the authors' names, all channels turned before every layer, against the network."""
+    state = authors_state()
+    torch.save({"state_dict": state}, tmp_path / "local_vim.ckpt")
+    model = create_model("local_vim_nano", num_classes=5, checkpoint_path=tmp_path / "local_vim.ckpt").eval()
+    assert model.load_report.format == "authors" and not model.load_report.left
+    image, orders = torch.randn(2, 3, 32, 32), SIZES["local_vim_nano"]["orders"]
+    half = torch.arange(8) / 8 * 14 * 10000 ** (-torch.arange(0, 16, 2) / 16)[:, None]  # (8 pairs, 8 places)
+    angle = torch.cat([half.T[:, None].expand(8, 8, -1), half.T[None].expand(8, 8, -1)], -1)  # rows, then columns
+    cos, sin = angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1)
+
+    def rms(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    with torch.no_grad():
+        x = F.conv2d(image, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4)
+        x = x.movedim(1, -1) + state["pos_embed"].view(1, 8, 8, 32)
+        for layer in range(2):
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+            x = x * cos + turned * sin
+            mixer, at = LocalMamba(Site(32, grid=(8, 8)), orders[layer]).eval(), f"layers.{layer}.mixer."
+            own = {name.removeprefix(at): value for name, value in state.items() if name.startswith(at)}
+            mixer.load_state_dict(rename(own, mixer_names(4)).state)
+            x = x + mixer(rms(x, state[f"layers.{layer}.norm.weight"]))
+        wanted = F.linear(rms(x, state["norm_f.weight"]).mean((1, 2)), state["head.weight"], state["head.bias"])
+        torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_published_orders():
+    tiny = SIZES["local_vim_tiny"]["orders"]
+    assert len(tiny) == 20 and all(len(layer) == 4 for layer in tiny)
+    assert tiny[0] == ("h", "v_flip", "w7", "w7_flip") and tiny[-1] == ("v", "v_flip", "w2", "w2_flip")

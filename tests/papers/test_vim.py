@@ -1,11 +1,14 @@
-"""Vision Mamba's mixer: its symmetry, and where prefix tokens stand."""
+"""Vision Mamba: its mixer's symmetry, where prefix tokens stand, the authors' layout of the network."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from saccade import Site
-from saccade.papers.vim import BidirectionalMamba
+from saccade import Site, create_model
+from saccade.core.keymap import rename
+from saccade.papers.vim import MIXER, BidirectionalMamba
+from saccade.tools.golden import fill
 from tests.contracts.registered import randomised
 
 
@@ -37,3 +40,51 @@ def test_the_mean_is_half_the_sum():
     total.load_state_dict(mixer.state_dict())
     x = torch.randn(1, 5, 16)
     torch.testing.assert_close(mixer(x), total(x) / 2)
+
+
+def authors_state(dim=32, depth=2, tokens=64, classes=5):
+    """The names and shapes of the authors' network of patches of 4 pixels."""
+    inner, rank = 2 * dim, dim // 16
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, tokens + 1, dim), "patch_embed.proj.weight": (dim, 3, 4, 4),
+              "patch_embed.proj.bias": (dim,), "norm_f.weight": (dim,), "head.weight": (classes, dim),
+              "head.bias": (classes,)}
+    for layer in range(depth):
+        at = f"layers.{layer}.mixer."
+        shapes |= {f"layers.{layer}.norm.weight": (dim,), at + "in_proj.weight": (2 * inner, dim),
+                   at + "out_proj.weight": (dim, inner)}
+        for b in ("", "_b"):
+            shapes |= {f"{at}A{b}_log": (inner, 16), f"{at}D{b}": (inner,), f"{at}conv1d{b}.weight": (inner, 1, 4),
+                       f"{at}conv1d{b}.bias": (inner,), f"{at}x_proj{b}.weight": (rank + 32, inner),
+                       f"{at}dt_proj{b}.weight": (inner, rank), f"{at}dt_proj{b}.bias": (inner,)}
+    return {name: fill(name, shape, "param") for name, shape in shapes.items()}
+
+
+def test_the_authors_layout(tmp_path):
+    """Step by step from the authors' names, the class token after half of the patches, against the network."""
+    state = authors_state()
+    torch.save({"model": state}, tmp_path / "vim.pth")
+    model = create_model("vim_nano", num_classes=5, checkpoint_path=tmp_path / "vim.pth").eval()
+    assert model.load_report.format == "authors" and not model.load_report.left
+    image, mixer = torch.randn(2, 3, 32, 32), BidirectionalMamba(Site(32, grid=(65,))).eval()
+
+    def rms(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    with torch.no_grad():
+        x = F.conv2d(image, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4)
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([x[:, :32], state["cls_token"].expand(2, -1, -1), x[:, 32:]], 1) + state["pos_embed"]
+        for layer in range(2):
+            at = f"layers.{layer}.mixer."
+            own = {name.removeprefix(at): value for name, value in state.items() if name.startswith(at)}
+            mixer.load_state_dict(rename(own, MIXER).state)
+            x = x + mixer(rms(x, state[f"layers.{layer}.norm.weight"]))
+        wanted = F.linear(rms(x, state["norm_f.weight"])[:, 32], state["head.weight"], state["head.bias"])
+        torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_host_leaves_the_steps_at_their_start():
+    """softplus of the bias lies between a thousandth and a tenth, whatever the host does to its linear layers."""
+    for model in (create_model("vim_nano"), create_model("deit_nano", mixer="bidirectional_mamba")):
+        steps = F.softplus(model.blocks[0].mixer.forwards.dt_proj.bias)
+        assert 9e-4 < steps.min() < 0.01 < steps.max() < 0.11

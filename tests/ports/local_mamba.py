@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from saccade import Site
-from saccade.papers.local_mamba import AUTHORS, LocalMamba, inserted, taken_out
+from saccade.papers.local_mamba import LocalMamba, inserted, mixer_names, taken_out
 from tests.ports.mamba import settings
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 
@@ -14,7 +14,7 @@ def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     site = Site(args["d_model"], grid=tuple(args.get("token_size", (14, 14))))
     mixer = LocalMamba(site, args["directions"], **settings(args))
-    rename = key_map(AUTHORS(len(args["directions"])))
+    rename = key_map(mixer_names(len(args["directions"])))
     if not args.get("use_middle_cls_token"):
         return Port(mixer, rename, as_grid(site.grid), as_tokens)
     half = torch.Size(site.grid).numel() // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saccade import Site
-from saccade.papers.vim import AUTHORS, BidirectionalMamba
+from saccade.papers.vim import MIXER, BidirectionalMamba
 from saccade.tools.golden import make_inputs
 from tests.ports.mamba import settings
 from tests.ports.port import Port, key_map
@@ -14,4 +14,4 @@ def build(golden: dict) -> Port:
     length = next(iter(make_inputs(golden).values())).shape[1]
     mixer = BidirectionalMamba(Site(args["d_model"], grid=(length,)), mean=args.get("if_divide_out", False),
                                **settings(args))
-    return Port(mixer, key_map(AUTHORS))
+    return Port(mixer, key_map(MIXER))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saccade import Site
 from saccade.core.keymap import within
-from saccade.papers.vmamba import AUTHORS, CrossScan
+from saccade.papers.vmamba import MIXER, CrossScan
 from saccade.parts.ssm import MixerBlock
 from saccade.tools.golden import make_inputs
 from tests.ports.mamba import settings
@@ -12,7 +12,7 @@ from tests.ports.port import Port, key_map
 
 BLOCK = (
     (r"ln_1\.(.*)", r"norm.\1"),
-    *within((*AUTHORS, (r"(.*)", r"\1")), r"self_attention\.", "mixer."),
+    *within((*MIXER, (r"(.*)", r"\1")), r"self_attention\.", "mixer."),
 )
 
 
@@ -22,5 +22,5 @@ def build(golden: dict) -> Port:
     site = Site(args["d_model"] if what == "SS2D" else args["hidden_dim"], grid=grid)
     mixer = CrossScan(site, conv_bias=args.get("conv_bias", True), **settings(args | {"d_conv": args.get("d_conv", 3)}))
     if what == "SS2D":
-        return Port(mixer, key_map(AUTHORS))
+        return Port(mixer, key_map(MIXER))
     return Port(MixerBlock(site, mixer), key_map(BLOCK))
