@@ -30,7 +30,7 @@ from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.swap import Handle
 from saccade.ops.attend import attend
 from saccade.parts.attention import Attention
-from saccade.parts.host import HostBlock, chosen_layers, class_attention, gathered, open_blocks
+from saccade.parts.host import HostBlock, chosen_layers, class_attention, gathered, open_blocks, packed
 from saccade.parts.plain import DEIT, Plain
 
 CARD = Card(
@@ -65,14 +65,13 @@ class AtsBlock(HostBlock):
 
     def forward(self, tokens: Tensor, *_: Any) -> Tensor:
         self.start(tokens)
-        before = self.kept.numbers.expand(len(tokens), -1)
-        q, k, v = self.queries_keys_values(tokens)
-        bias = torch.zeros_like(before, dtype=q.dtype).masked_fill(before < 0, -torch.inf)[:, None, None]
+        before, (q, k, v) = self.kept.numbers, self.queries_keys_values(tokens)
+        bias = self.kept.padding_bias(q)
         if self.samples:
             index, real = self.sample(class_attention(q, k, self.prefix, bias), v)
             tokens, q = gathered(tokens, index), gathered(q.transpose(1, 2).flatten(2), index)
             q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            self.kept.numbers = before.gather(1, index).masked_fill(~real, -1)
+            self.kept.choose(index, real=real)
         real = (self.kept.numbers >= 0)[..., None]
         tokens = self.add_mixed(tokens, attend(q, k, v, bias, where=lambda: (self.kept.numbers, before))) * real
         return self.add_mlp(tokens) * real
@@ -93,11 +92,10 @@ class AtsBlock(HostBlock):
         above = torch.searchsorted(share, asked).clamp(1, share.shape[1] - 1)
         nearer_below = asked - share.gather(1, above - 1) <= share.gather(1, above) - asked
         met = torch.zeros_like(share, dtype=torch.bool).scatter(1, above - nearer_below.long(), True)
-        most = int(met.sum(1).max())
-        place = (~met).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # those met first, in their order
+        place, real = packed(met)
         always = torch.arange(self.prefix, device=place.device).expand(len(place), -1)
-        real = torch.cat([torch.ones_like(always, dtype=torch.bool), met.gather(1, place)], 1)
-        return torch.cat([always, order.gather(1, place) + self.prefix], 1), real
+        return (torch.cat([always, order.gather(1, place) + self.prefix], 1),
+                torch.cat([torch.ones_like(always, dtype=torch.bool), real], 1))
 
 
 LAYERS = (3, 4, 5, 6, 7, 8, 9, 10, 11)

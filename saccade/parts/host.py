@@ -21,20 +21,27 @@ TAILS = (("scale1", "ls1", "drop_path1"), ("scale2", "ls2", "drop_path2"))
 class Kept:
     """The tokens that are left in a forward, by their numbers in the sequence that entered the first block.
 
-    `numbers` is (B, N) or (1, N); -1 stands for a token made of several, and for padding. `sizes` (B, N) are the tokens
-    that each is made of, where a method counts them.
+    `numbers` is (B, N) or (1, N), of `count` tokens at first; -1 stands for a token made of several, and for padding.
+    `sizes` (B, N) are the tokens that each is made of, where a method counts them.
     """
 
+    count: int
     numbers: Tensor
     sizes: Tensor | None
 
     def start(self, tokens: Tensor) -> None:
-        self.numbers, self.sizes = torch.arange(tokens.shape[1], device=tokens.device)[None], None
+        self.count, self.sizes = tokens.shape[1], None
+        self.numbers = torch.arange(self.count, device=tokens.device)[None]
 
-    def choose(self, index: Tensor, fused: int = 0) -> None:
-        """Keep the tokens `index` (B, N'), and `fused` new ones after them."""
+    def choose(self, index: Tensor, fused: int = 0, real: Tensor | None = None) -> None:
+        """Keep the tokens `index` (B, N'), those that are `real`, and `fused` new ones after them."""
         numbers = self.numbers.expand(index.shape[0], -1).gather(1, index)
+        numbers = numbers if real is None else numbers.masked_fill(~real, -1)
         self.numbers = torch.cat([numbers, numbers.new_full((numbers.shape[0], fused), -1)], 1)
+
+    def padding_bias(self, like: Tensor) -> Tensor:
+        """(B, 1, 1, N) to add to scores: -inf for padding (where nothing is fused, all that has no number)."""
+        return torch.zeros_like(self.numbers, dtype=like.dtype).masked_fill(self.numbers < 0, -torch.inf)[:, None, None]
 
     def where(self) -> tuple[Tensor, Tensor]:
         """`where` of an attention of all tokens that are left to each other."""
@@ -117,6 +124,15 @@ def class_attention(q: Tensor, k: Tensor, prefix: int, bias: Tensor | float = 0.
     """
     row = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1)
     return row[:, :, 0, prefix:].mean(1)
+
+
+def packed(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (B, M) of the tokens that stay (B, N) in their order, M the most in a picture; which of them are real.
+
+    Shorter pictures are filled with places of tokens that go: not real.
+    """
+    place = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :int(stays.sum(1).max())]
+    return place, stays.gather(1, place)
 
 
 def gathered(tokens: Tensor, index: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tests.contracts.registered import over, randomised
 OPTIONS = {
     "ats": (dict(layers=()), dict(samples=12, layers=(1, 3))),
     "evit": (dict(keep=1.0, layers=(1, 3)), dict(keep=0.5, layers=(1, 3))),
+    "ia_red2": (dict(layers=(0, 2), threshold=0.0, heads=4), dict(layers=(0, 2), heads=4)),
     "token_merging": (dict(r=0), dict(r=5)),
 }
 HOSTS = {
