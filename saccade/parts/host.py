@@ -73,11 +73,11 @@ class HostBlock(nn.Module):
     @property
     def attention(self) -> Any:
         """The host's attention: qkv and proj, in timm also norms of queries, keys and output."""
-        return self.mixer if "mixer" in self._modules else self.attn
+        return attention_of(self)
 
     @property
     def heads(self) -> int:
-        return int(getattr(self.attention, "heads", None) or self.attention.num_heads)
+        return heads_of(self)
 
     def start(self, tokens: Tensor) -> None:
         """The first block of a host begins the count of kept tokens anew."""
@@ -115,6 +115,22 @@ class HostBlock(nn.Module):
         for name in self._tails[which]:
             x = self.get_submodule(name)(x)
         return x
+
+
+def attention_of(block: nn.Module) -> Any:
+    """The attention of a host's block, by the name that the host gives it."""
+    return block.mixer if hasattr(block, "mixer") else block.attn
+
+
+def heads_of(block: nn.Module) -> int:
+    """The number of heads of a host's block."""
+    attention = attention_of(block)
+    return int(getattr(attention, "heads", None) or attention.num_heads)
+
+
+def native_grid(model: Any) -> tuple[int, ...]:
+    """The grid of patches at a host's own image size."""
+    return tuple(model.grid if hasattr(model, "grid") else model.patch_embed.grid_size)
 
 
 def class_attention(q: Tensor, k: Tensor, prefix: int, bias: Tensor | float = 0.0) -> Tensor:

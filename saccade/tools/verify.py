@@ -129,6 +129,8 @@ def like(value: Tensor, wanted: dict[str, Any]) -> Tensor:
     if len(shape) > 3 and value.ndim > 2 and value.shape[0] == shape[0] * shape[1] != shape[0]:
         laid = like(value, wanted | {"shape": [value.shape[0], *shape[2:]]})
         return laid.reshape(shape) if laid.numel() == prod(shape) else laid
+    if value.ndim == 3 and [value.shape[0], value.shape[2]] == [shape[0], shape[-1]] and value.shape[1] > shape[1]:
+        return value[:, -shape[1]:]  # theirs are the tokens of the grid alone
     if value.ndim >= 3 and [value.shape[0], value.shape[1:-1].numel(), value.shape[-1]] == shape:
         return value.flatten(1, -2)
     if value.ndim == 5 and [*value.shape[:2], value.shape[2:-1].numel(), value.shape[-1]] == shape:

@@ -20,12 +20,13 @@ OPTIONS = {
     "ats": (dict(layers=()), dict(samples=12, layers=(1, 3))),
     "evit": (dict(keep=1.0, layers=(1, 3)), dict(keep=0.5, layers=(1, 3))),
     "ia_red2": (dict(layers=(0, 2), threshold=0.0, heads=4), dict(layers=(0, 2), heads=4)),
+    "sparsifiner": (dict(keep=1.0), dict(keep=0.25)),
     "token_merging": (dict(r=0), dict(r=5)),
 }
 HOSTS = {
     "ours": lambda: create_model("deit_nano", num_classes=5),
-    "distilled": lambda: create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=64),
-    "timm": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=6, init_values=0.1),
+    "distilled": lambda: create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=128),
+    "timm": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=128, depth=6, init_values=0.1),
 }
 METHODS = sorted(OPTIONS)
 
@@ -36,7 +37,7 @@ def host(name):
 
 
 def pictures(model, count=3):
-    return torch.randn(count, 3, *((32, 32) if getattr(model, "name", "") == "deit_nano" else (64, 64)))
+    return torch.randn(count, 3, *((32, 32) if getattr(model, "name", "") == "deit_nano" else (128, 128)))
 
 
 def test_every_method_is_asked():

@@ -1,0 +1,171 @@
+"""Sparsifiner: predict cheaply which tokens each token will look at, and attend to these alone.
+
+A predictor beside every attention writes the map as a product of two thin matrices. A learned matrix E sums the N keys
+up in M; queries look at these sums, keep their strongest few, and another learned matrix D spreads them over the keys,
+    A ~ top_b(softmax(q' (E^T k')^T / sqrt(h))) |D|^T,   q', k' = q, k in a fraction of their channels.
+Each row keeps its ceil(keep N) largest entries, and softmax(q k^T / sqrt(d)) is computed at these alone; the class
+token sees all. The predictor is the same for all h heads.
+
+Wei, Duke, Jiang, Aarabi, Taylor, Shkurti, "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient
+Vision Transformers", 2023, section 3.
+
+E and D belong to the tokens of the native grid and are resampled (bicubic) for another. The authors compute the dense
+map and mask it; ours gathers keys and values (fewer multiply-adds, more bytes), and masks while watched or in training.
+Quirks kept: the predictor's scale counts heads, not channels; entries of |D| up to 0.02 are 0. Not here: the pruning of
+whole tokens that their code can add.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
+from saccade.core.keymap import KeyMap
+from saccade.core.record import recording
+from saccade.core.swap import Handle
+from saccade.ops.attend import affinity, attend
+from saccade.parts.attention import Attention
+from saccade.parts.host import HostBlock, check_rate, heads_of, native_grid, open_blocks
+from saccade.parts.plain import DEIT, Plain
+from saccade.parts.position import resample
+
+CARD = Card(
+    "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
+    authors="Wei, Duke, Jiang, Aarabi, Taylor, Shkurti",
+    year=2023,
+    systems=("sparsifiner",),
+    arxiv="2303.13755",
+    read="paper",
+    keywords="sparse attention, predicted connectivity mask, low-rank attention approximation, instance-dependent",
+    kinds=("token reduction", "backbone"),
+    methods={"sparsifiner": "sparsifiner"},
+    goldens=("sparsifiner_deit_small", "sparsifiner_deit_tiny", "op_sparsifiner_mask_predictor"),
+    tests=("tests/papers/test_sparsifiner.py",),
+)
+
+
+class MaskPredictor(nn.Module):
+    """q, k (B, h, N, d) -> the map that they are about to make, thin: (B, h, N - P, N), rows of grid tokens."""
+
+    undecayed = ("squeeze", "spread")
+
+    def __init__(
+        self, grid: tuple[int, ...], prefix: int, width: int, reduce_tokens: int = 6, reduce_channels: int = 2,
+        basis: int = 8,
+    ) -> None:
+        super().__init__()
+        count = prefix + torch.Size(grid).numel()
+        self.grid, self.prefix, self.basis = grid, prefix, basis
+        self.squeeze = nn.Parameter(torch.randn(count, count // reduce_tokens) * count**-0.5)
+        self.spread = nn.Parameter(torch.randn(count, count // reduce_tokens) * count**-0.5)
+        self.q = nn.Linear(width, width // reduce_channels)
+        self.k = nn.Linear(width, width // reduce_channels)
+
+    def coefficients(self, q: Tensor, k: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """How much each grid token looks at each summary: (B, h, N - P, M), the strongest of a row."""
+        summaries = self._at(self.squeeze, grid).mT @ self.k(k)
+        looks = ((self.q(q[:, :, self.prefix:]) * q.shape[1] ** -0.5) @ summaries.mT).softmax(-1)
+        if self.basis >= looks.shape[-1]:
+            return looks
+        strongest = looks.topk(self.basis, -1)
+        return torch.zeros_like(looks).scatter(-1, strongest.indices, strongest.values)
+
+    def written(self, coefficients: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The map (B, h, N - P, N) of coefficients."""
+        spread = self._at(self.spread, grid).abs()
+        return coefficients @ torch.where(spread <= 0.02, 0, spread).mT
+
+    def forward(self, q: Tensor, k: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return self.written(self.coefficients(q, k, grid), grid)
+
+    def _at(self, matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
+        rows = matrix[None, self.prefix:].unflatten(1, self.grid)
+        return torch.cat([matrix[:self.prefix], resample(rows, grid).flatten(0, -2)])
+
+
+class SparseBlock(HostBlock):
+    """A block whose grid tokens attend to the share `keep` of the tokens, those that its predictor names."""
+
+    def __init__(self, predictor: MaskPredictor, keep: float, **host: Any) -> None:
+        super().__init__(**host)
+        self.predictor, self.keep = predictor, keep
+        self.watched = nn.Identity()  # hooks see the mask here
+
+    def forward(self, tokens: Tensor, count: int = 0, grid: tuple[int, ...] = ()) -> Tensor:
+        self.start(tokens)
+        q, k, v = self.queries_keys_values(tokens)
+        columns = self.columns(q, k, grid or self.predictor.grid)
+        dense = torch.zeros(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        dense[:, :, :self.prefix] = True
+        dense[:, :, self.prefix:].scatter_(-1, columns, True)
+        mask = self.watched(dense)
+        if recording() or torch.is_grad_enabled():
+            bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+            mixed = affinity(q, k, bias, where=self.kept.where) @ v  # as the authors, whose near ties fall so
+        else:
+            rows = at_columns(q[:, :, self.prefix:], k, v, columns)
+            mixed = torch.cat([attend(q[:, :, :self.prefix], k, v), rows], 2)
+        return self.add_mlp(self.add_mixed(tokens, mixed))
+
+    def columns(self, q: Tensor, k: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """(B, h, N - P, K) the tokens that each grid token attends to."""
+        if q.shape[2] != self.prefix + torch.Size(grid).numel():
+            raise SaccadeError(f"sparsifiner: {q.shape[2]} tokens came, and its tables belong to a grid of {grid} and "
+                               f"{self.prefix} prefix tokens; this host does not tell its grid, so give its own size")
+        return self.predictor(q, k, grid).topk(ceil(self.keep * k.shape[2]), -1).indices
+
+
+def at_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> Tensor:
+    """Attention of each query to keys of its own: q (B, h, N, d), k, v (B, h, M, d), columns (B, h, N, K)."""
+    B, h, N, K = columns.shape
+    first = torch.arange(B * h, device=q.device).view(B, h, 1, 1) * k.shape[2]
+    place = (columns + first).flatten()
+    keys, values = (part.reshape(-1, part.shape[-1]).index_select(0, place).view(B * h, N, K, -1) for part in (k, v))
+    return attend(q.flatten(0, 1)[:, :, None], keys, values).view(q.shape)
+
+
+def sparsifiner(
+    model: nn.Module, keep: float = 0.25, reduce_tokens: int = 6, reduce_channels: int = 2, basis: int = 8
+) -> Handle:
+    """Put a predictor into every block, to be trained; each row of attention keeps the share `keep` of its entries."""
+    check_rate("sparsifiner", "keep", keep)
+
+    def build(number: int, prefix: int, block: Any, **host: Any) -> nn.Module:
+        width = block.norm1.weight.shape[0] // heads_of(block)
+        predictor = MaskPredictor(native_grid(model), prefix, width, reduce_tokens, reduce_channels, basis)
+        return SparseBlock(predictor, keep, block=block, prefix=prefix, **host)
+
+    return open_blocks(model, "sparsifiner", build, needs_class_token=True)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    f"sparsifiner_deit_{size}": dict(builder="sparsifiner_deit", dim=dim, depth=12, heads=heads)
+    for size, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+}
+
+
+def sparsifiner_deit(
+    dim: int, depth: int, heads: int, keep: float = 0.25, patch: int = 16, mixer: Any = None, **common: Any
+) -> Plain:
+    """A DeiT of a size with its predictors."""
+    model = Plain(dim, depth, heads, patch=patch, mixer=Attention, replace=mixer, **common)
+    sparsifiner(model, keep)
+    return model
+
+
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:  # noqa: N802, read by `saccade verify` beside SIZES and TAPS
+    """The rate that a golden was recorded with."""
+    return dict(keep=golden["source"]["args"]["attn_keep_rate_list"][0])
+
+
+AUTHORS: KeyMap = (
+    *((r"blocks\.(\d+)\.attn\.mask_predictor\." + theirs, rf"blocks.\1.predictor.{ours}")
+      for theirs, ours in ((r"proj_n", "squeeze"), (r"proj_back_n", "spread"), (r"proj_c_([qk])\.(.*)", r"\2.\3"))),
+    *DEIT,
+)
+TAPS = {r"mask(\d+)": r"blocks.\1.watched", r"approx(\d+)": r"blocks.\1.predictor", "features": "norm"}
