@@ -18,15 +18,16 @@ class SplineKanLayer(nn.Module):
     """out_o = sum_i (w_oi silu(x_i) + s_oi sum_k c_oik B_k(x_i)): (..., I) -> (..., O), B_k splines of a degree.
 
     The knots cut [low, high] into `cells` and go on for `degree` cells on either side; `grid` (I, knots) holds them for
-    each input, as those adapted to data differ. Beyond the outermost knots every B_k is 0. Raises SaccadeError for an
-    empty range. (Liu et al., 2024, equations 2.10-2.11; the scale s_oi of a spline as in Blealtan's efficient-kan,
-    https://github.com/Blealtan/efficient-kan, MIT.)
+    each input, as those adapted to data differ. Beyond the outermost knots every B_k is 0. `scaled=False` leaves the
+    s_oi out. Raises SaccadeError for an empty range. (Liu et al., 2024, equations 2.10-2.11; the scales as in
+    Blealtan's efficient-kan, https://github.com/Blealtan/efficient-kan, MIT.)
     """
 
     grid: Tensor
 
     def __init__(
-        self, dim: int, out_dim: int, cells: int = 5, degree: int = 3, low: float = -1.0, high: float = 1.0
+        self, dim: int, out_dim: int, cells: int = 5, degree: int = 3, low: float = -1.0, high: float = 1.0,
+        scaled: bool = True,
     ) -> None:
         super().__init__()
         if cells < 1 or degree < 0 or low >= high:
@@ -37,12 +38,14 @@ class SplineKanLayer(nn.Module):
         self.register_buffer("grid", knots.expand(dim, -1).contiguous())
         self.base_weight = nn.Parameter(torch.empty(out_dim, dim))
         self.spline_weight = nn.Parameter(torch.empty(out_dim, dim, cells + degree))
-        self.spline_scaler = nn.Parameter(torch.ones(out_dim, dim))
+        self.spline_scaler = nn.Parameter(torch.ones(out_dim, dim)) if scaled else None
         nn.init.xavier_normal_(self.base_weight)
         nn.init.normal_(self.spline_weight, std=0.1)  # functions near 0, as the paper's start
 
     def forward(self, x: Tensor) -> Tensor:
-        splines = self.spline_weight * self.spline_scaler[..., None]
+        splines: Tensor = self.spline_weight
+        if self.spline_scaler is not None:
+            splines = splines * self.spline_scaler[..., None]
         base = F.linear(F.silu(x), self.base_weight)
         return base + F.linear(b_splines(x, self.grid, self.degree).flatten(-2), splines.flatten(1))
 

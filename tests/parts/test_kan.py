@@ -45,6 +45,17 @@ def test_splines_sum_to_one_on_the_range_and_vanish_far_away():
     assert b_splines(torch.tensor([[-9.0], [9.0]], dtype=torch.float64), knots, 3).abs().max() == 0
 
 
+def test_without_scales():
+    """The same functions, of weights that have the scales in them."""
+    scaled, plain = SplineKanLayer(3, 2), SplineKanLayer(3, 2, scaled=False)
+    torch.nn.init.normal_(scaled.spline_scaler)
+    state = scaled.state_dict()
+    state["spline_weight"] = state["spline_weight"] * state.pop("spline_scaler")[..., None]
+    plain.load_state_dict(state)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
 def test_an_empty_range_is_refused():
     with pytest.raises(SaccadeError, match="from 1.0 to -1.0"):
         SplineKanLayer(3, 2, low=1.0, high=-1.0)

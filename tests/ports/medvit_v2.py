@@ -42,6 +42,7 @@ def build(golden: dict) -> Port:
             options = {ours: args[theirs] for ours, theirs in (("cells", "grid_size"), ("degree", "spline_order"))
                        if theirs in args}
             options |= dict(zip(("low", "high"), args.get("grid_range", ())))
+            options["scaled"] = args.get("enable_standalone_scale_spline", True)
             widths = args["layers_hidden"] if what == "KAN" else (args["in_features"], args["out_features"])
             layers = [SplineKanLayer(*pair, **options) for pair in zip(widths, widths[1:])]
             network = nn.Sequential(*layers) if what == "KAN" else layers[0]
