@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from saccade import SaccadeError, create_model
+from saccade.core.record import record
 from saccade.papers.fit import FIT, AutoregressiveFIT, parse_layers
 from saccade.tools.measure import count_macs
 from tests.contracts.registered import randomised
@@ -182,6 +183,20 @@ def test_the_first_group_is_written_to_from_a_constant():
     value = block.write.proj(part_of(block.write.kv, 1, 2)(block.write.context_norm.bias))
     torch.testing.assert_close(write[0], value.expand(4, -1), rtol=1e-9, atol=1e-9)
     assert scores.shape == (2, 12, 11)
+
+
+def test_recorded_attention_stays_in_its_group():
+    """Five by nine tokens in groups of two by two: each row sums to one, over tokens of the own group alone."""
+    model, image = randomised(create_model("fit_nano")).eval(), torch.randn(2, 3, 20, 36)
+    with torch.no_grad():
+        plain = model(image)
+        with record(model) as seen:
+            torch.testing.assert_close(model(image), plain)
+    weights = seen["blocks.0.local.0.mixer"].dense(batch=2)
+    group = torch.arange(5)[:, None] // 2 * 5 + torch.arange(9) // 2
+    same = group.flatten()[:, None] == group.flatten()
+    assert weights.shape == (2, 2, 45, 45) and torch.equal(weights > 0, same.expand_as(weights))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 45))
 
 
 def test_layers_are_read():
