@@ -101,8 +101,9 @@ class VariedSizeWindow(nn.Module):
             for layer in (self.offsets, self.scales)
         )
         place, inside = window_places(padded, self.window, x.dtype, x.device)
-        for axis, part in enumerate(self.window):
-            moved, stretched = (value.repeat_interleave(part, axis + 1) for value in (moved, stretched))
+        for axis, (side, part) in enumerate(zip(padded, self.window, strict=True), 1):
+            own = torch.arange(side, device=x.device) // part  # repeat_interleave would ask export what the product is
+            moved, stretched = (value.index_select(axis, own) for value in (moved, stretched))
         return (place + inside * stretched + moved / counts).to(x.dtype)
 
     def reach(self, site: Site) -> None:
