@@ -1,0 +1,141 @@
+"""Reading any image classifier: its scores, its slopes, and the map that its last layers stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+
+# Leaves whose outputs are tokens or maps in shape alone: parts of a projection, or attention weights.
+NO_MAPS = (nn.Linear, nn.Dropout, nn.Identity, nn.Softmax)
+MOST_PREFIX_TOKENS = 16
+
+
+def scores(model: nn.Module, image: Tensor) -> Tensor:
+    """The scores (B, classes) of a classifier: a tensor, a dict's "scores", or a Hugging Face output's `logits`.
+
+    Raises SaccadeError where the model returns anything else.
+    """
+    result = model(image)
+    if isinstance(result, dict) and "scores" in result:
+        result = result["scores"]
+    result = getattr(result, "logits", result)
+    if not isinstance(result, Tensor) or result.ndim != 2:
+        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise SaccadeError(f"the model returned {found}: only a classifier, (batch, classes) scores, can be explained")
+    return result
+
+
+def chosen(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+    """The score (B,) of each picture's own target (B,)."""
+    return scores(model, image).gather(1, target[:, None])[:, 0]
+
+
+def slopes(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+    """d score_target / d image, (B, C, H, W). Raises SaccadeError where the scores have no gradient."""
+    leaf = image.detach().clone().requires_grad_()
+    score = chosen(model, leaf, target).sum()
+    gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+    if gradient is None:
+        raise SaccadeError("the scores have no gradient with respect to the picture; use occlusion, rise or lime")
+    return gradient
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients, every module's training flag as it was afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, h, w) as (B, H, W), bilinear, without aligned corners."""
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
+    """Prefix tokens and grid (h, w) of a sequence over a picture: the fewest prefix tokens that leave whole rows.
+
+    A grid has ceil(height / s) x ceil(width / s) tokens for a stride s. None where no stride fits.
+    """
+    strides = range(1, min(height, width) + 1)
+    grids = {(-(-height // stride), -(-width // stride)) for stride in strides}
+    for prefix in range(MOST_PREFIX_TOKENS + 1):
+        for grid in grids:
+            if grid[0] * grid[1] == tokens - prefix and tokens - prefix > 1:
+                return prefix, grid
+    return None
+
+
+def as_map(value: Any, height: int, width: int) -> Callable[[Tensor], Tensor] | None:
+    """How an output (B, C, h, w), (B, h, w, C) or (B, N, C) over a picture is read as (B, C, h, w); None if it is not.
+
+    A side of length h has to fit a picture of `height` at a whole stride. Channels first wins where both would fit.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    if value.ndim == 4:
+        if _fits(value.shape[2], value.shape[3], height, width):
+            return lambda x: x
+        if _fits(value.shape[1], value.shape[2], height, width):
+            return lambda x: x.permute(0, 3, 1, 2)
+    if value.ndim == 3 and (found := token_grid(value.shape[1], height, width)) is not None:
+        prefix, grid = found
+        return lambda x: x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    return None
+
+
+def last_map(model: nn.Module, image: Tensor, target: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
+    """Activations and slopes (B, C, h, w) of the last map that the score reads at more than one place.
+
+    Without `layer` all modules are watched and the last one counts in which at least two places have a slope: the last
+    stage of a pyramid, the norm before the last attention of a network that classifies its class token.
+    Raises SaccadeError where there is no such map, or `layer` is no module or gives none.
+    """
+    names = dict(model.named_modules())
+    if layer is not None and layer not in names:
+        raise SaccadeError(f"the model has no module {layer!r}: name one of model.named_modules()")
+    watched = [names[layer]] if layer is not None else [m for m in names.values() if not isinstance(m, NO_MAPS)]
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        if as_map(output, image.shape[2], image.shape[3]) is not None and output.requires_grad:
+            seen.append(output)
+
+    handles = [module.register_forward_hook(keep) for module in watched]
+    try:
+        score = chosen(model, image.detach().clone().requires_grad_(), target).sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients = torch.autograd.grad(score, seen, allow_unused=True) if seen and score.requires_grad else ()
+    for value, gradient in reversed(list(zip(seen, gradients, strict=True)) if gradients else []):
+        read = as_map(value, image.shape[2], image.shape[3])
+        if gradient is None or read is None:
+            continue
+        slope = read(gradient)
+        if layer is not None or int((slope.abs().sum((0, 1)) > 0).sum()) > 1:
+            return read(value).detach(), slope
+    where = f"module {layer!r} gives" if layer is not None else "the model has"
+    raise SaccadeError(f"{where} no map (B, C, h, w), (B, h, w, C) or (B, N, C) that the score is computed from")
+
+
+def _fits(h: int, w: int, height: int, width: int) -> bool:
+    if h * w < 2 or h > height or w > width:
+        return False
+    return any((-(-height // stride), -(-width // stride)) == (h, w) or (height // stride, width // stride) == (h, w)
+               for stride in {round(height / h), round(width / w), -(-height // h), height // h} if stride)
