@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
-from saccade.core.features import Backbone
+from saccade.parts.pyramid import Pyramid
 
 CARD = Card(
     "Better Understanding Differences in Attribution Methods via Systematic Evaluations",
@@ -56,16 +56,17 @@ def stitch(parts: Tensor, n: int) -> Tensor:
 
 
 class GridSetting(nn.Module):
-    """A classifier of ours in one of the settings, split at a layer.
+    """A pyramid of ours in one of the settings, split at a layer.
 
-    `layer` 0 is the input, i the map after stage i. Only models whose stages run one after the other can be split.
+    `layer` 0 is the input, i the map after stage i.
+    Raises SaccadeError for another setting, or a model without such stages.
     """
 
-    def __init__(self, model: Backbone, setting: str = "gridpg", n: int = 2) -> None:
+    def __init__(self, model: Pyramid, setting: str = "gridpg", n: int = 2) -> None:
         super().__init__()
         if setting not in SETTINGS:
             raise SaccadeError(f"setting={setting!r}: choose one of {', '.join(SETTINGS)}")
-        if not all(hasattr(model, name) for name in ("stem", "stages", "norm", "forward_head")):
+        if not isinstance(model, Pyramid):
             raise SaccadeError(f"{type(model).__name__} has no stages one after the other: take a pyramid (resnet18)")
         self.model, self.setting, self.n = model, setting, n
 
