@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from saccade.attribution.explanation import explain, list_explainers
 from saccade.core.apply import apply
 from saccade.core.build import create_mixer, create_model, info
 from saccade.core.errors import SaccadeError
@@ -15,6 +16,6 @@ from saccade.integrations.timm_registry import register_with_timm
 __version__ = "0.1.0"
 
 __all__ = [
-    "LoadReport", "SaccadeError", "Site", "apply", "create_mixer", "create_model", "find", "info", "list_mixers",
-    "list_models", "load", "record", "register_with_timm", "swap",
+    "LoadReport", "SaccadeError", "Site", "apply", "create_mixer", "create_model", "explain", "find", "info",
+    "list_explainers", "list_mixers", "list_models", "load", "record", "register_with_timm", "swap",
 ]
