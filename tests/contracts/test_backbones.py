@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-import torch.fx.experimental._config as fx_config
 
 from saccade import SaccadeError, create_model
+from saccade.tools.export import export
 from tests.contracts.registered import NARROW, over, randomised
 
 
@@ -135,10 +135,8 @@ def test_another_native_size_loads(name, tmp_path):
                                   for position, name in enumerate(NARROW)])
 def test_exported_once_runs_at_four_sizes(name):
     model = build(name)
-    sides = {2: torch.export.Dim("height", min=16, max=128), 3: torch.export.Dim("width", min=16, max=128)}
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
-        free = {0: torch.export.Dim.AUTO, **sides}
-        program = torch.export.export(model, (torch.randn(2, 3, 40, 56),), dynamic_shapes=(free,))
+    program = export(model, (40, 56))
+    with torch.no_grad():
         for size in [(40, 56), (32, 32), (64, 48), (51, 37)]:
             image = torch.randn(2, 3, *size)
             torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
