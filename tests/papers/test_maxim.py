@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from saccade import Site
-from saccade.papers.maxim import BlockMix, CrossGating, GridMix, MultiAxisGmlp
+from saccade.papers.maxim import CrossGating, MultiAxisGmlp, maxim, reflected
+from saccade.parts.multi_axis import BlockMix, GridMix
 
 
 def reached(mix: nn.Module) -> torch.Tensor:
@@ -53,3 +54,33 @@ def test_shut_gates_leave_both_maps():
         left, right = block(x, y)
         torch.testing.assert_close(right, block.y_in(y))
         torch.testing.assert_close(left, block.x_in(x) + block.y_in(y))
+
+
+def test_reflection_goes_on_as_long_as_needed():
+    image = torch.arange(3.0).expand(1, 1, 4, 3)
+    assert reflected(image, 8)[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert reflected(image[..., :1], 4)[0, 0, 0].tolist() == [0, 0, 0, 0]
+    assert reflected(image, 1) is image
+
+
+def test_every_stage_gives_every_scale():
+    torch.manual_seed(0)
+    model = maxim(8, 2).eval()
+    image = torch.rand(1, 3, 37, 70)
+    with torch.no_grad():
+        stages, out = model.stages(image), model(image)
+    assert [[tuple(picture.shape[2:]) for picture in stage] for stage in stages] == [[(10, 18), (19, 35), (37, 70)]] * 2
+    assert torch.equal(out, stages[-1][-1])
+
+
+def test_a_network_that_adds_nothing_gives_the_picture_back():
+    """With the last convolutions at zero what remains are the pictures, subsampled at the middle of each square."""
+    model = maxim(8, 1).eval()
+    for layer in model.unets[-1].outputs:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        coarse, half, full = model.stages(image)[-1]
+    assert torch.equal(full, image)
+    assert torch.equal(half, image[:, :, 1::2, 1::2]) and torch.equal(coarse, image[:, :, 2::4, 2::4])

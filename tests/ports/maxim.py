@@ -1,15 +1,17 @@
-"""MAXIM's operators."""
+"""MAXIM's networks and operators."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from saccade import Site
-from saccade.core.keymap import within
-from saccade.papers.maxim import CROSS, GMLP, CrossGating, MultiAxisGmlp
-from saccade.tools.golden import make_inputs
+from saccade.core.keymap import rename, within
+from saccade.papers.maxim import CROSS, GMLP, TAPS, CrossGating, MultiAxisGmlp, authors, maxim
+from saccade.tools.golden import make_inputs, make_state
 from tests.ports.port import Port, channels_last, key_map
 
 
@@ -24,6 +26,18 @@ class Residual(nn.Module):
         return x + self.mixer(x)
 
 
+class AllStages(nn.Module):
+    """Every supervised picture; `dead` are the parameters that the authors' code makes and never uses."""
+
+    def __init__(self, model: nn.Module, dead: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.dead = nn.ParameterDict({name.replace(".", "-"): torch.zeros(value.shape) for name, value in dead.items()})
+
+    def forward(self, image: Tensor) -> list[list[Tensor]]:
+        return self.model.stages(image)
+
+
 def channels_first_each(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {f"out{number}": result.movedim(-1, 1) for number, result in enumerate(results)}
 
@@ -35,6 +49,27 @@ def build(golden: dict[str, Any]) -> Port:
         site = Site(args["num_channels"], grid=tuple(next(iter(inputs.values())).shape[1:-1]))
         mixer = MultiAxisGmlp(site, args["block_size"], args["grid_size"])
         return Port(Residual(site, mixer), key_map(within(GMLP, "", "mixer.")))
+    if what.startswith("MAXIM"):
+        return network(golden, int(re.search(r"(\d)s$", what)[1]))
     block = CrossGating(args["x_features"], args["cin_y"], args["num_channels"], args["block_size"],
                         args["grid_size"], args.get("upsample_y", True))
     return Port(block, key_map(CROSS), channels_last, channels_first_each)
+
+
+def network(golden: dict[str, Any], stages: int) -> Port:
+    args = golden["source"]["args"]
+    depth, state = args["depth"], make_state(golden)
+    rules = authors(depth, stages)
+    dead = rename(state, rules).dropped
+    model = maxim(args["features"], stages, depth)
+
+    def names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        ours = {f"model.{name}": value for name, value in rename(state, rules).state.items()}
+        return ours | {f"dead.{name.replace('.', '-')}": state[name] for name in dead}
+
+    def outputs(result: list[list[Tensor]]) -> dict[str, Tensor]:
+        return {f"s{i}_{j}": picture for i, pictures in enumerate(result) for j, picture in enumerate(pictures)}
+
+    taps = {name: "model." + next(re.sub(rule, place, name) for rule, place in TAPS.items() if re.fullmatch(rule, name))
+            for name in golden["outputs"] if not re.fullmatch(r"s\d_\d", name)}
+    return Port(AllStages(model, {name: state[name] for name in dead}), names, outputs=outputs, taps=taps)
