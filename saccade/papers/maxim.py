@@ -160,6 +160,14 @@ class Resized(nn.Linear):
         return super().forward(x)
 
 
+class Joined(nn.ModuleList):
+    """Maps of all levels, each through its own layer, side by side in channels, the finest first or last."""
+
+    def forward(self, maps: list[Tensor], finest_first: bool) -> Tensor:
+        resized = [layer(x) for layer, x in zip(self, maps, strict=True)]
+        return torch.cat(resized if finest_first else resized[::-1], -1)
+
+
 class SupervisedAttention(nn.Module):
     """A stage's picture, and its features weighed by it for the next: (B, H, W, C), (B, H, W, I) -> both."""
 
@@ -199,7 +207,7 @@ class UNet(nn.Module):
 
         def resized() -> nn.ModuleList:
             """[level][of the level], each map brought to a level's size and width."""
-            return nn.ModuleList(nn.ModuleList(Resized(other, width, j - i) for j, other in enumerate(dims))
+            return nn.ModuleList(Joined(Resized(other, width, j - i) for j, other in enumerate(dims))
                                  for i, width in enumerate(dims))
 
         self.encoded, self.skipped = resized(), resized()
@@ -231,11 +239,10 @@ class UNet(nn.Module):
         count = len(encoded)
         gate, skips, decoded, features, pictures = x, list(encoded), list(encoded), list(encoded), list(images)
         for level in reversed(range(count)):
-            signal = torch.cat([layer(y) for layer, y in zip(self.encoded[level], encoded, strict=True)], -1)
+            signal = self.encoded[level](encoded, finest_first=True)
             skips[level], gate = self.gates[level](signal, gate)
         for level in reversed(range(count)):
-            nearest_last = reversed(list(zip(self.skipped[level], skips, strict=True)))
-            signal = torch.cat([layer(y) for layer, y in nearest_last], -1)
+            signal = self.skipped[level](skips, finest_first=False)
             x = decoded[level] = self.decoders[level](torch.cat([on_grid(self.ups[level], x), signal], -1))
             output = self.outputs[level]
             if isinstance(output, SupervisedAttention):
