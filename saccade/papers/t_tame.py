@@ -9,7 +9,7 @@ classifier must recognise the picture times the enlarged map of its class, while
 Ntrougkas, Gkalelis, Mezaris, "T-TAME: Trainable Attention Mechanism for Explaining Convolutional Networks and Vision
 Transformers", 2024 (TAME, for convolutional networks alone: 2022).
 
-Maps have the first layer's size, at most 56 x 56.
+Maps have the first layer's size, at most 56 x 56. The loss's weights of area and roughness are from memory.
 """
 
 from __future__ import annotations

@@ -68,10 +68,11 @@ def turn_half(x: Tensor, heads: int) -> Tensor:
 
 
 class Router(nn.Module):
-    """Which tokens every expert takes: x (B, N, C) -> taken (B, experts, N), bool, and gates (B, N, experts).
+    """Which tokens every expert takes: x (B, N, C) -> taken (B, experts, N), bool, gates (B, N, experts), their sum.
 
-    A token chooses the `top` experts of the largest softmax score; its gates are these scores over their sum, times
-    `capacity`. Every expert takes as many tokens as the most chosen one, of its image or, `batched`, of all.
+    A token chooses the `top` experts of the largest softmax score; its gates are these scores over their sum S +
+    epsilon, times `capacity`. Every expert takes as many tokens as the most chosen one, of its image or, `batched`, of
+    all.
     """
 
     def __init__(self, dim: int, experts: int, top: int, capacity: float, epsilon: float, batched: bool) -> None:
@@ -81,15 +82,18 @@ class Router(nn.Module):
         self.top, self.capacity, self.epsilon, self.batched = top, capacity, epsilon, batched
         self.gate = nn.Linear(dim, experts)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = self.gate(x).softmax(-1)
         best = scores.topk(self.top, -1)
-        gates = best.values / (best.values.sum(-1, keepdim=True) + self.epsilon) * self.capacity
+        whole = best.values.sum(-1, keepdim=True)
+        gates = best.values / (whole + self.epsilon) * self.capacity
+        # Not gates.sum: its gradient is the difference of two numbers that agree to one part in a million.
+        total = self.capacity / (1 + self.epsilon / whole)
         gates = torch.zeros_like(scores).scatter(-1, best.indices, gates)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best.indices, True).transpose(1, 2)
         count = chosen.sum(-1, keepdim=True)
         places = count.amax(dim=(0, 1) if self.batched else 1, keepdim=True)
-        return chosen | ((~chosen).cumsum(-1) <= places - count), gates
+        return chosen | ((~chosen).cumsum(-1) <= places - count), gates, total
 
 
 def packed(taken: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -149,7 +153,7 @@ class SelectiveAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sequence = turn_half(x.flatten(1, -2), self.heads)
         count = sequence.shape[1]
-        taken, _ = self.router(sequence)
+        taken, *_ = self.router(sequence)
         if static():
             bias = torch.zeros_like(taken, dtype=x.dtype).masked_fill(~taken, -torch.inf)[:, :, None]
             heads = self.attend(sequence[:, None] @ self.qkv, bias)
@@ -202,14 +206,14 @@ class UnionOfMlps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sequence = x.flatten(1, -2)
-        taken, gates = self.router(sequence)
+        taken, _, total = self.router(sequence)
         if static():
             out = (self.expert(sequence[:, None]) * taken[..., None]).sum(1)
         else:
             tokens, none = packed(taken)
             out = self.expert(rows(sequence, tokens))
             out = added(out if none is None else out.masked_fill(none[..., None], 0), tokens, sequence.shape[1])
-        return (out * gates.sum(-1, keepdim=True)).view(x.shape)
+        return (out * total).view(x.shape)
 
     def expert(self, x: Tensor) -> Tensor:
         """(B, experts or 1, L, C) -> (B, experts, L, C)."""
