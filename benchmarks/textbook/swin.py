@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.papers.swin import ShiftedWindow, region_mask, shift_at
+from saccade.papers.swin import ShiftedWindow, shift_at
+from saccade.parts.window import region_mask
 
 
 def shifted_window(mixer: ShiftedWindow, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from saccade.papers.union_of_experts import SelectiveAttention, turn_half
 def selective_attention(mixer: SelectiveAttention, x: Tensor) -> Tensor:
     """Every head over all tokens under a mask of those that the expert takes."""
     sequence = turn_half(x.flatten(1, -2), mixer.heads)
-    taken, _ = mixer.router(sequence)
+    taken, *_ = mixer.router(sequence)
     out = torch.zeros_like(sequence)
     for expert in range(mixer.heads):
         q, k, v = (sequence @ mixer.qkv[expert] + mixer.qkv_bias[expert]).chunk(3, -1)

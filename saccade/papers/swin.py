@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
-from saccade.ops.tables import table
-from saccade.ops.window import crop, merge, pad_to_multiple, partition, shifted
 from saccade.parts.block import Block
 from saccade.parts.merging import PatchMerging
 from saccade.parts.pyramid import Pyramid
@@ -95,12 +93,7 @@ class ShiftedWindow(WindowAttention):
         shift = shift_at(grid, self.window, self.shift)
         if isinstance(shift, int) and shift == 0:
             return super().forward(x)
-        x = pad_to_multiple(x, self.window)
-        padded, shifts = tuple(x.shape[1:-1]), (shift,) * len(grid)
-        x = shifted(x, (-shift,) * len(grid))
-        mask = region_mask(padded, self.window, shift, x.device)
-        windows = self.attend(partition(x, self.window), grid, shifts, mask)
-        return crop(shifted(merge(windows, self.window, padded), shifts), grid)
+        return self.attend_shifted(x, shift)
 
 
 def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:
@@ -112,18 +105,6 @@ def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:
     longer = torch.sym_max(0, reduce(minimum, grid) - min(window))
     padding = sum((-side) % part for side, part in zip(grid, window, strict=True))
     return shift * minimum(1, longer + padding) if shift else 0
-
-
-@table
-def region_mask(padded: tuple[int, ...], window: tuple[int, ...], shift: int, device: torch.device) -> Tensor:
-    """(windows, N, N): 0 between tokens of one region of the rolled grid, -100 between tokens of two."""
-    region = torch.zeros(1, *padded, 1, dtype=torch.long, device=device)
-    for axis, (side, part) in enumerate(zip(padded, window, strict=True)):
-        place = torch.arange(side, device=device)
-        strip = (place >= side - part).long() + (place >= side - shift).long()
-        region = region * 3 + strip.view(-1, *[1] * (len(padded) - axis))
-    groups = partition(region, window).squeeze(-1)
-    return (groups[:, :, None] != groups[:, None, :]) * torch.tensor(-100.0, device=device)
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from saccade.core.site import Site
 from saccade.ops.attend import attend
+from saccade.ops.tables import table
 from saccade.ops.window import (
     crop,
     merge,
     pad_to_multiple,
     partition,
     relative_position_index,
+    shifted,
     window_tokens,
 )
 from saccade.parts.attention import check_heads
@@ -91,6 +93,19 @@ class WindowAttention(nn.Module):
         out = self.attend(partition(x, self.window), grid, (0,) * len(grid))
         return crop(merge(out, self.window, tuple(x.shape[1:-1])), grid)
 
+    def attend_shifted(self, x: Tensor, shift: int) -> Tensor:
+        """The same in windows that are moved by `shift` tokens along each axis, regions that the roll joined apart.
+
+        (Liu et al., Swin Transformer, 2021, section 3.2.)
+        """
+        grid = tuple(x.shape[1:-1])
+        x = pad_to_multiple(x, self.window)
+        padded, shifts = tuple(x.shape[1:-1]), (shift,) * len(grid)
+        x = shifted(x, (-shift,) * len(grid))
+        mask = region_mask(padded, self.window, shift, x.device)
+        windows = self.attend(partition(x, self.window), grid, shifts, mask)
+        return crop(shifted(merge(windows, self.window, padded), shifts), grid)
+
     def reach(self, site: Site) -> tuple[int, ...]:
         """From one end of a window to the other."""
         return tuple(side - 1 for side in self.window)
@@ -99,3 +114,15 @@ class WindowAttention(nn.Module):
         """Multiply-adds: 4 N C^2 + 2 N |window| C over the N tokens of the padded grid."""
         tokens = torch.Size(side + (-side) % part for side, part in zip(grid, self.window, strict=True)).numel()
         return 4 * tokens * site.dim**2 + 2 * tokens * torch.Size(self.window).numel() * site.dim
+
+
+@table
+def region_mask(padded: tuple[int, ...], window: tuple[int, ...], shift: int, device: torch.device) -> Tensor:
+    """(windows, N, N): 0 between tokens of one region of the rolled grid, -100 between tokens of two."""
+    region = torch.zeros(1, *padded, 1, dtype=torch.long, device=device)
+    for axis, (side, part) in enumerate(zip(padded, window, strict=True)):
+        place = torch.arange(side, device=device)
+        strip = (place >= side - part).long() + (place >= side - shift).long()
+        region = region * 3 + strip.view(-1, *[1] * (len(padded) - axis))
+    groups = partition(region, window).squeeze(-1)
+    return (groups[:, :, None] != groups[:, None, :]) * torch.tensor(-100.0, device=device)
