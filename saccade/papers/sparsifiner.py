@@ -10,7 +10,8 @@ Wei, Duke, Jiang, Aarabi, Taylor, Shkurti, "Sparsifiner: Learning Sparse Instanc
 Vision Transformers", 2023, section 3.
 
 E and D belong to the tokens of the native grid and are resampled (bicubic) for another. The authors compute the dense
-map and mask it; ours gathers keys and values (fewer multiply-adds, more bytes), and masks while watched or in training.
+map and mask it; ours gathers keys and values, and masks while watched or in training. That saves multiply-adds, not
+time on a CPU: the gathered bytes make it several times slower than the host.
 Quirks kept: the predictor's scale counts heads, not channels; entries of |D| up to 0.02 are 0. Not here: the pruning of
 whole tokens that their code can add.
 """
