@@ -31,9 +31,9 @@ from saccade.parts.attention import check_heads
 from saccade.parts.block import residual_tail
 from saccade.parts.mlp import Gelu, Mlp
 from saccade.parts.pyramid import drop_path_rates
-from saccade.parts.restoration.body import Restorer, same_conv, upsampler
+from saccade.parts.restoration.body import SKELETON, SuperResolver, same_conv
 from saccade.parts.squeeze import SqueezeExcite
-from saccade.parts.window import WindowAttention
+from saccade.parts.window import ShiftingAttention
 
 CARD = Card(
     "HAT: Hybrid Attention Transformer for Image Restoration",
@@ -50,17 +50,6 @@ CARD = Card(
     goldens=("hat_s_x2", "op_hat_cab", "op_hat_hab_shift", "op_hat_ocab"),
     tests=("tests/papers/test_hat.py",),
 )
-
-
-class ShiftingAttention(WindowAttention):
-    """Window attention whose windows are moved by `shift`, always."""
-
-    def __init__(self, site: Site, window: int, shift: int) -> None:
-        super().__init__(site, window)
-        self.shift = shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attend_shifted(x, self.shift) if self.shift else super().forward(x)
 
 
 def channel_attention(dim: int, compress: int, squeeze: int) -> nn.Sequential:
@@ -141,37 +130,6 @@ class Group(nn.Module):
         return x + self.conv(self.overlapping(self.blocks(x)))
 
 
-class HAT(Restorer):
-    """A HAT: pictures of any size, `scale` times as large."""
-
-    def __init__(
-        self, scale: int, dim: int, depths: tuple[int, ...], heads: tuple[int, ...], *, window: int, compress: int,
-        squeeze: int, alpha: float, overlap: float, ratio: float, in_chans: int, drop_path_rate: float,
-    ) -> None:
-        super().__init__(scale, in_chans, window)
-        self.stem = nn.Conv2d(in_chans, dim, 3, padding=1)
-        self.stem_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
-        groups = []
-        for depth, count in zip(depths, heads, strict=True):
-            site = Site(dim, count, grid=(window, window))
-            blocks: list[nn.Module] = [
-                HybridBlock(site, window, index % 2 * (window // 2), compress, squeeze, alpha, ratio, next(rates))
-                for index in range(depth)
-            ]
-            groups.append(Group(blocks, OverlappingBlock(site, window, overlap, ratio), dim))
-        self.groups = nn.Sequential(*groups)
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-        self.before = nn.Sequential(nn.Conv2d(dim, 64, 3, padding=1), nn.LeakyReLU())
-        self.up = upsampler(scale, 64)
-        self.last = nn.Conv2d(64, in_chans, 3, padding=1)
-
-    def restore(self, image: Tensor) -> Tensor:
-        shallow = self.stem(image)
-        deep = self.norm(self.groups(self.stem_norm(shallow.movedim(1, -1)))).movedim(-1, 1)
-        return self.last(self.up(self.before(self.conv(deep) + shallow)))
-
-
 _SIZES: dict[str, dict[str, Any]] = {
     "hat_s": dict(dim=144, compress=24, squeeze=24),
     "hat": {},
@@ -195,10 +153,17 @@ def hat(
     ratio: float = 2.0,
     in_chans: int = 3,
     drop_path_rate: float = 0.1,
-) -> HAT:
+) -> SuperResolver:
     """A HAT of a size; alpha weighs the channel attention."""
-    return HAT(scale, dim, tuple(depths), tuple(heads), window=window, compress=compress, squeeze=squeeze, alpha=alpha,
-               overlap=overlap, ratio=ratio, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    rates, groups = iter(drop_path_rates(drop_path_rate, sum(depths))), []
+    for depth, count in zip(depths, heads, strict=True):
+        site = Site(dim, count, grid=(window, window))
+        blocks: list[nn.Module] = [
+            HybridBlock(site, window, index % 2 * (window // 2), compress, squeeze, alpha, ratio, next(rates))
+            for index in range(depth)
+        ]
+        groups.append(Group(blocks, OverlappingBlock(site, window, overlap, ratio), dim))
+    return SuperResolver(scale, dim, groups, window, in_chans)
 
 
 CAB: KeyMap = (
@@ -217,14 +182,9 @@ BLOCK: KeyMap = (
 OVERLAPPING: KeyMap = ((r"relative_position_bias_table", "bias"), (r"(norm\d|mlp|qkv|proj)\.(.*)", r"\1.\2"))
 AUTHORS: KeyMap = (
     Dropped(r"relative_position_index_.*", "derived buffer"),
-    (r"conv_first\.(.*)", r"stem.\1"),
-    (r"patch_embed\.norm\.(.*)", r"stem_norm.\1"),
     *within(BLOCK, r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\.", r"groups.\1.blocks.\2."),
     *within(OVERLAPPING, r"layers\.(\d+)\.residual_group\.overlap_attn\.", r"groups.\1.overlapping."),
     (r"layers\.(\d+)\.conv\.(.*)", r"groups.\1.conv.\2"),
-    (r"conv_after_body\.(.*)", r"conv.\1"),
-    (r"conv_before_upsample\.(.*)", r"before.\1"),
-    (r"upsample\.(.*)", r"up.\1"),
-    (r"conv_last\.(.*)", r"last.\1"),
+    *SKELETON,
 )
 TAPS = {r"layer(\d+)": r"groups.\1", "conv_after_body": "conv"}

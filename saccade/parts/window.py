@@ -116,6 +116,17 @@ class WindowAttention(nn.Module):
         return 4 * tokens * site.dim**2 + 2 * tokens * torch.Size(self.window).numel() * site.dim
 
 
+class ShiftingAttention(WindowAttention):
+    """Window attention whose windows are moved by `shift`, always."""
+
+    def __init__(self, site: Site, window: int, shift: int) -> None:
+        super().__init__(site, window)
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend_shifted(x, self.shift) if self.shift else super().forward(x)
+
+
 @table
 def region_mask(padded: tuple[int, ...], window: tuple[int, ...], shift: int, device: torch.device) -> Tensor:
     """(windows, N, N): 0 between tokens of one region of the rolled grid, -100 between tokens of two."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.keymap import KeyMap
 from saccade.parts.convolution import grid_conv
 
 MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, red, green, blue
@@ -40,6 +41,39 @@ class Restorer(nn.Module):
         mean = self.mean.to(image)
         out = self.restore(reflected(image, self.multiple) - mean) + mean
         return out[..., :height * self.scale, :width * self.scale]
+
+
+class SuperResolver(Restorer):
+    """shallow = conv(image); last(up(before(conv(norm(groups(norm(shallow)))) + shallow))): groups on (B, H, W, C).
+
+    (Liang et al., "SwinIR: Image Restoration Using Swin Transformer", 2021, section 3.1, and those that build on it.)
+    """
+
+    def __init__(self, scale: int, dim: int, groups: Sequence[nn.Module], multiple: int, in_chans: int = 3) -> None:
+        super().__init__(scale, in_chans, multiple)
+        self.stem = nn.Conv2d(in_chans, dim, 3, padding=1)
+        self.stem_norm, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.groups = nn.Sequential(*groups)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.before = nn.Sequential(nn.Conv2d(dim, 64, 3, padding=1), nn.LeakyReLU())
+        self.up = upsampler(scale, 64)
+        self.last = nn.Conv2d(64, in_chans, 3, padding=1)
+
+    def restore(self, image: Tensor) -> Tensor:
+        shallow = self.stem(image)
+        deep = self.norm(self.groups(self.stem_norm(shallow.movedim(1, -1)))).movedim(-1, 1)
+        return self.last(self.up(self.before(self.conv(deep) + shallow)))
+
+
+# The names that SwinIR's heirs give what stands around the groups.
+SKELETON: KeyMap = (
+    (r"conv_first\.(.*)", r"stem.\1"),
+    (r"patch_embed\.norm\.(.*)", r"stem_norm.\1"),
+    (r"conv_after_body\.(.*)", r"conv.\1"),
+    (r"conv_before_upsample\.(.*)", r"before.\1"),
+    (r"upsample\.(.*)", r"up.\1"),
+    (r"conv_last\.(.*)", r"last.\1"),
+)
 
 
 def reflected(image: Tensor, multiple: int) -> Tensor:
