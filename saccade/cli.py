@@ -126,20 +126,25 @@ def info(
 def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     import torch
 
+    from saccade.core.build import accepted
+    from saccade.core.features import FeatureInfo
     from saccade.core.load import key_maps
     from saccade.tools.measure import count_macs
 
-    options: dict[str, Any] = {"img_size": size} if size else {}
+    known, settings = accepted(name), paper_module(index()["models"][name]).SIZES[name]
+    options: dict[str, Any] = {"img_size": size} if size and "img_size" in known else {}
     model = saccade.create_model(name, **options).eval()
-    maps = saccade.create_model(name, features_only=True, **options).feature_info
-    native = size or paper_module(index()["models"][name]).SIZES[name].get("img_size", 224)
-    macs = count_macs(model, (torch.zeros(1, 3, native, native),))
+    backbone = "num_classes" in known  # not all models classify
+    maps = saccade.create_model(name, features_only=True, **options).feature_info if backbone else FeatureInfo()
+    native = size or settings.get("img_size", 224)
+    sides = (native, native) if isinstance(native, int) else tuple(native)
+    macs = count_macs(model, (torch.zeros(1, settings.get("in_chans", 3), *sides),))
     weights = card["weights"].get(name)
     return {
         "model": name,
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
                       + (f" (paper: {_millions(card['params'][name])})" if name in card["params"] else ""),
-        "multiply-adds": f"{macs / 1e9:.3f} G at {native}x{native}"
+        "multiply-adds": f"{macs / 1e9:.3f} G at {'x'.join(map(str, sides))}"
                          + (f" (paper: {_giga(card['macs'][name])})" if name in card["macs"] else ""),
         "maps": ", ".join(f"{channels} at 1/{stride}" for channels, stride in zip(maps.channels(), maps.reduction())),
         "checkpoints that load": ", ".join(key_maps(name)),

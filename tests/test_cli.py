@@ -66,6 +66,9 @@ def test_list_and_find_and_info(capsys):
     facts = json.loads(run(capsys, "info", "swin_t", "--json")[1])
     assert facts["parameters"].startswith("28.29 M") and "authors" in facts["checkpoints that load"]
     assert "Neighborhood" in run(capsys, "info", "neighborhood")[1]
+    restores = json.loads(run(capsys, "info", "hat_s_x2", "--json")[1])
+    assert restores["parameters"].startswith("9.47 M") and not restores["maps"]
+    assert json.loads(run(capsys, "info", "predformer_full_weather", "--json")[1])["multiply-adds"].count("x") == 2
 
 
 def test_verify_says_pass_and_fail(capsys, tmp_path):

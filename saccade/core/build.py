@@ -54,6 +54,8 @@ def create_model(
         settings["mixer"] = _resolve(mixer, mixer_options)
     _check_options(name, builder, settings)
     if features_only:
+        if "num_classes" not in _accepted(builder):
+            raise SaccadeError(f"{name} is no backbone: it gives no feature maps, so leave features_only out")
         settings["num_classes"] = 0
     model: Backbone = builder(**settings)
     model.name = name

@@ -69,3 +69,5 @@ def test_bad_input():
         narrow(scale=2)(torch.zeros(1, 1, 8, 8))
     with pytest.raises(SaccadeError, match="no option 'num_classes'"):
         create_model("hat_s_x2", num_classes=3)
+    with pytest.raises(SaccadeError, match="no feature maps"):
+        create_model("hat_s_x2", features_only=True)
