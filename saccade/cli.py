@@ -13,7 +13,7 @@ from rich.table import Table
 
 import saccade
 from saccade.core.errors import SaccadeError
-from saccade.core.index import index, list_mixers, list_models, paper_module, resolve_model
+from saccade.core.index import index, is_backbone, list_mixers, list_models, paper_module, resolve_model
 
 app = typer.Typer(
     help="Vision backbones and attention, checked against their authors' code.", no_args_is_help=True,
@@ -134,8 +134,9 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     known, settings = accepted(name), paper_module(index()["models"][name]).SIZES[name]
     options: dict[str, Any] = {"img_size": size} if size and "img_size" in known else {}
     model = saccade.create_model(name, **options).eval()
-    backbone = "num_classes" in known  # not all models classify
-    maps = saccade.create_model(name, features_only=True, **options).feature_info if backbone else FeatureInfo()
+    maps = FeatureInfo()
+    if is_backbone(name):
+        maps = saccade.create_model(name, features_only=True, **options).feature_info
     native = size or settings.get("img_size", 224)
     sides = (native, native) if isinstance(native, int) else tuple(native)
     macs = count_macs(model, (torch.zeros(1, settings.get("in_chans", 3), *sides),))

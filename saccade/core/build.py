@@ -12,7 +12,7 @@ from torch import nn
 
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone, FeaturesOnly
-from saccade.core.index import index, mixer_paper, model_paper, paper_module, resolve_model
+from saccade.core.index import index, is_backbone, mixer_paper, model_paper, paper_module, resolve_model
 from saccade.core.load import load
 from saccade.core.names import closest, matching
 from saccade.core.site import MixerFactory, Site
@@ -54,7 +54,7 @@ def create_model(
         settings["mixer"] = _resolve(mixer, mixer_options)
     _check_options(name, builder, settings)
     if features_only:
-        if "num_classes" not in _accepted(builder):
+        if not is_backbone(name):
             raise SaccadeError(f"{name} is no backbone: it gives no feature maps, so leave features_only out")
         settings["num_classes"] = 0
     model: Backbone = builder(**settings)

@@ -46,6 +46,11 @@ def model_paper(name: str) -> str:
     return str(index()["models"][resolve_model(name)])
 
 
+def is_backbone(name: str) -> bool:
+    """Whether a registered model classifies and gives feature maps (those that restore pictures do neither)."""
+    return "backbone" in index()["papers"][model_paper(name)]["kinds"]
+
+
 def mixer_paper(name: str) -> str:
     """The paper file that a mixer comes from."""
     known = index()["mixers"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.core.build import create_model
 from saccade.core.features import Backbone
-from saccade.core.index import index, list_models, model_paper, paper_module
+from saccade.core.index import is_backbone, list_models, model_paper, paper_module
 from saccade.core.optional import optional
 
 timm = optional("timm", extra="train")
@@ -29,8 +29,7 @@ def register_with_timm(pattern: str = "*") -> list[str]:
     model understands. The model has timm's `default_cfg`, so that `timm.data.resolve_model_data_config(model)` works.
     Registering twice is harmless. Needs timm (`pip install saccade[train]`).
     """
-    known = index()
-    names = [name for name in list_models(pattern) if "backbone" in known["papers"][known["models"][name]]["kinds"]]
+    names = [name for name in list_models(pattern) if is_backbone(name)]
     for name in names:
         if not timm.is_model(PREFIX + name):
             timm.models.register_model(_entry(name))
