@@ -78,7 +78,8 @@ def settings(golden: Golden, name: str, image: Tensor) -> dict[str, Any]:
         told["num_classes"] = args["num_classes"]
     if image.shape[1] != 3:
         told["in_chans"] = image.shape[1]
-    told = {key: value for key, value in told.items() if key in accepted(name)}  # not all models classify
+    known = accepted(name)
+    told = {key: value for key, value in told.items() if key in known}  # not all models classify
     said = getattr(paper_module(model_paper(name)), "RECORDED", None)  # what only the note tells
     return told | (said(golden) if said is not None else {})
 
