@@ -29,6 +29,7 @@ from saccade.core.site import Site
 from saccade.parts.convolution import grid_conv, on_grid
 from saccade.parts.mlp import Mlp
 from saccade.parts.multi_axis import BlockMix, Gmlp, GridMix, TwoAxes, norm, tanh_gelu
+from saccade.parts.restoration.body import reflected
 from saccade.parts.squeeze import SqueezeExcite
 
 CARD = Card(
@@ -252,17 +253,6 @@ class UNet(nn.Module):
         return pictures, features, encoded, decoded
 
 
-def reflected(image: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) continued at the end by reflection, again and again if need be, to multiples of `multiple`."""
-    for axis in (2, 3):
-        side = image.shape[axis]
-        if side % multiple:
-            period = max(2 * side - 2, 1)
-            place = torch.arange(side + (-side) % multiple, device=image.device) % period
-            image = image.index_select(axis, torch.minimum(place, period - place) if side > 1 else place)
-    return image
-
-
 class Maxim(nn.Module):
     """A picture restored: (B, C, H, W) in [0, 1] -> (B, C, H, W)."""
 
@@ -302,6 +292,7 @@ SIZES: dict[str, dict[str, Any]] = {  # the authors' S-1 to M-3
 def maxim(dim: int, num_stages: int, depth: int = 3, in_chans: int = 3) -> Maxim:
     """A MAXIM of a size."""
     return Maxim(dim, num_stages, depth, in_chans=in_chans)
+
 
 GMLP: KeyMap = (
     (r"LayerNorm_in\.gamma", "norm.weight"), (r"LayerNorm_in\.beta", "norm.bias"),
