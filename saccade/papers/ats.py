@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
@@ -29,9 +30,8 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.swap import Handle
 from saccade.ops.attend import attend
-from saccade.parts.attention import Attention
 from saccade.parts.host import HostBlock, chosen_layers, class_attention, gathered, open_blocks, packed
-from saccade.parts.plain import DEIT, Plain
+from saccade.parts.plain import DEIT, DEIT_SIZES, Plain
 
 CARD = Card(
     "Adaptive Token Sampling For Efficient Vision Transformers",
@@ -93,9 +93,7 @@ class AtsBlock(HostBlock):
         nearer_below = asked - share.gather(1, above - 1) <= share.gather(1, above) - asked
         met = torch.zeros_like(share, dtype=torch.bool).scatter(1, above - nearer_below.long(), True)
         place, real = packed(met)
-        always = torch.arange(self.prefix, device=place.device).expand(len(place), -1)
-        return (torch.cat([always, order.gather(1, place) + self.prefix], 1),
-                torch.cat([torch.ones_like(always, dtype=torch.bool), real], 1))
+        return self.after_prefix(order.gather(1, place)), F.pad(real, [self.prefix, 0], value=True)
 
 
 LAYERS = (3, 4, 5, 6, 7, 8, 9, 10, 11)
@@ -116,8 +114,7 @@ def ats(
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    f"ats_deit_{size}": dict(builder="ats_deit", dim=dim, depth=12, heads=heads)
-    for size, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+    f"ats_deit_{size}": dict(shape, builder="ats_deit") for size, shape in DEIT_SIZES.items()
 }
 
 
@@ -126,12 +123,12 @@ def ats_deit(
     mixer: Any = None, **common: Any,
 ) -> Plain:
     """A DeiT of a size with ATS applied, padding counted as by its authors."""
-    model = Plain(dim, depth, heads, patch=patch, mixer=Attention, replace=mixer, **common)
+    model = Plain(dim, depth, heads, patch=patch, replace=mixer, **common)
     ats(model, samples, layers, padding_counts=True)
     return model
 
 
-def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:  # noqa: N802, read by `saccade verify` beside SIZES and TAPS
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The blocks that a golden was recorded with."""
     return dict(layers=tuple(golden["source"]["args"]["ATS_BLOCKS"]))
 

@@ -24,9 +24,8 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap
 from saccade.core.swap import Handle
 from saccade.ops.attend import attend
-from saccade.parts.attention import Attention
 from saccade.parts.host import HostBlock, check_rate, chosen_layers, class_attention, gathered, open_blocks
-from saccade.parts.plain import DEIT, Plain
+from saccade.parts.plain import DEIT, DEIT_SIZES, Plain
 
 CARD = Card(
     "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
@@ -74,8 +73,7 @@ class EvitBlock(HostBlock):
         parts = [prefix, gathered(rest, stay)]
         if self.fuse:
             parts.append((gathered(rest, go) * attention.gather(1, go)[..., None]).sum(1, keepdim=True))
-        always = torch.arange(self.prefix, device=order.device).expand(len(order), -1)
-        self.kept.choose(torch.cat([always, stay + self.prefix], 1), fused=int(self.fuse))
+        self.kept.choose(self.after_prefix(stay), fused=int(self.fuse))
         return torch.cat(parts, 1)
 
 
@@ -101,8 +99,8 @@ def keep_at(progress: float, keep: float) -> float:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    f"evit_deit_{size}{suffix}": dict(builder="evit_deit", dim=dim, depth=12, heads=heads, fuse=not suffix)
-    for size, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)) for suffix in ("", "_nofuse")
+    f"evit_deit_{size}{suffix}": dict(shape, builder="evit_deit", fuse=not suffix)
+    for size, shape in DEIT_SIZES.items() for suffix in ("", "_nofuse")
 }
 
 
@@ -111,12 +109,12 @@ def evit_deit(
     patch: int = 16, mixer: Any = None, **common: Any,
 ) -> Plain:
     """A DeiT of a size with EViT applied."""
-    model = Plain(dim, depth, heads, patch=patch, mixer=Attention, replace=mixer, **common)
+    model = Plain(dim, depth, heads, patch=patch, replace=mixer, **common)
     evit(model, keep, layers, fuse)
     return model
 
 
-def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:  # noqa: N802, read by `saccade verify` beside SIZES and TAPS
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The rates that a golden was recorded with."""
     rates = golden["source"]["args"]["keep_rate"]
     return dict(keep=min(rates), layers=tuple(number for number, rate in enumerate(rates) if rate < 1),

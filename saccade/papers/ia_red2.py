@@ -29,9 +29,8 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.swap import Handle
 from saccade.ops.attend import attend
-from saccade.parts.attention import Attention
 from saccade.parts.host import HostBlock, check_rate, chosen_layers, gathered, open_blocks, packed
-from saccade.parts.plain import DEIT, Plain
+from saccade.parts.plain import DEIT, DEIT_SIZES, Plain
 
 CARD = Card(
     "IA-RED2: Interpretability-Aware Redundancy Reduction for Vision Transformers",
@@ -110,8 +109,11 @@ class InterpretedBlock(HostBlock):
         return gathered(tokens, index)
 
 
+LAYERS = (0, 4, 8)
+
+
 def ia_red2(
-    model: nn.Module, layers: Sequence[int] = (0, 4, 8), threshold: float = 0.5, heads: int = 6
+    model: nn.Module, layers: Sequence[int] = LAYERS, threshold: float = 0.5, heads: int = 6
 ) -> Handle:
     """Put an interpreter before each of the blocks `layers`; its weights are to be trained."""
     chosen = chosen_layers(model, "ia_red2", layers)
@@ -142,29 +144,37 @@ def reinforce_loss(log_probability: Tensor, sampled: Tensor, greedy: Tensor) -> 
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    f"ia_red2_deit_{size}": dict(builder="ia_red2_deit", dim=dim, depth=12, heads=heads)
-    for size, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+    f"ia_red2_deit_{size}": dict(shape, builder="ia_red2_deit") for size, shape in DEIT_SIZES.items()
 }
 
 
 def ia_red2_deit(
-    dim: int, depth: int, heads: int, layers: Sequence[int] = (0, 4, 8), patch: int = 16, mixer: Any = None,
+    dim: int, depth: int, heads: int, layers: Sequence[int] = LAYERS, patch: int = 16, mixer: Any = None,
     **common: Any,
 ) -> Plain:
     """A DeiT of a size with its interpreters."""
-    model = Plain(dim, depth, heads, patch=patch, mixer=Attention, replace=mixer, **common)
+    model = Plain(dim, depth, heads, patch=patch, replace=mixer, **common)
     ia_red2(model, layers)
     return model
 
 
-def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:  # noqa: N802, read by `saccade verify` beside SIZES and TAPS
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The blocks before which a golden's interpreters stand."""
     return dict(layers=(0, *accumulate(golden["source"]["args"]["group_size"][:-1])))
 
 
-AUTHORS: KeyMap = (
-    Dropped(r"groups\.\d+\.block_list\..*", "the blocks once more"),
-    *((rf"groups\.{group}\.agent\.(.*)", rf"blocks.{4 * group}.interpreter.\1") for group in range(3)),
-    *DEIT,
-)
-TAPS = {f"prob{group}": f"blocks.{4 * group}.watched" for group in range(3)}
+def authors_names(layers: Sequence[int]) -> KeyMap:
+    """The authors' names where interpreters stand before the blocks `layers`."""
+    return (
+        Dropped(r"groups\.\d+\.block_list\..*", "the blocks once more"),
+        *((rf"groups\.{group}\.agent\.(.*)", rf"blocks.{layer}.interpreter.\1") for group, layer in enumerate(layers)),
+        *DEIT,
+    )
+
+
+def taps(layers: Sequence[int]) -> dict[str, str]:
+    """Where the interpreters' maps are."""
+    return {f"prob{group}": f"blocks.{layer}.watched" for group, layer in enumerate(layers)}
+
+
+AUTHORS, TAPS = authors_names(LAYERS), taps(LAYERS)

@@ -137,7 +137,7 @@ class Factor(nn.Module):
 
 def divided_block(*args: Any, norm: Norm, drop_path: float, ratio: float, divisor: float) -> TokenBlock:
     """A block whose branches are divided by a number before they are added."""
-    block = TokenBlock(*args, norm=nn.LayerNorm, mlp=partial(Mlp, ratio=ratio))
+    block = TokenBlock(*args, norm=norm, mlp=partial(Mlp, ratio=ratio))
     for tail in ("scale1", "scale2"):
         setattr(block, tail, nn.Sequential(Factor(1 / divisor), residual_tail(args[0].dim, None, drop_path)))
     return block

@@ -30,9 +30,8 @@ from saccade.core.keymap import KeyMap
 from saccade.core.record import recording
 from saccade.core.swap import Handle
 from saccade.ops.attend import affinity, attend
-from saccade.parts.attention import Attention
 from saccade.parts.host import HostBlock, check_rate, heads_of, native_grid, open_blocks
-from saccade.parts.plain import DEIT, Plain
+from saccade.parts.plain import DEIT, DEIT_SIZES, Plain
 from saccade.parts.position import resample
 
 CARD = Card(
@@ -145,8 +144,7 @@ def sparsifiner(
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    f"sparsifiner_deit_{size}": dict(builder="sparsifiner_deit", dim=dim, depth=12, heads=heads)
-    for size, dim, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
+    f"sparsifiner_deit_{size}": dict(shape, builder="sparsifiner_deit") for size, shape in DEIT_SIZES.items()
 }
 
 
@@ -154,12 +152,12 @@ def sparsifiner_deit(
     dim: int, depth: int, heads: int, keep: float = 0.25, patch: int = 16, mixer: Any = None, **common: Any
 ) -> Plain:
     """A DeiT of a size with its predictors."""
-    model = Plain(dim, depth, heads, patch=patch, mixer=Attention, replace=mixer, **common)
+    model = Plain(dim, depth, heads, patch=patch, replace=mixer, **common)
     sparsifiner(model, keep)
     return model
 
 
-def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:  # noqa: N802, read by `saccade verify` beside SIZES and TAPS
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The rate that a golden was recorded with."""
     return dict(keep=golden["source"]["args"]["attn_keep_rate_list"][0])
 

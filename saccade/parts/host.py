@@ -99,9 +99,14 @@ class HostBlock(nn.Module):
             out = getattr(attention, name)(out) if hasattr(attention, name) else out
         return tokens + self._tail(0, out)
 
-    def add_attention(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+    def add_attention(self, tokens: Tensor) -> Tensor:
         """tokens + attention over all tokens that are left."""
-        return self.add_mixed(tokens, attend(*self.queries_keys_values(tokens), bias, where=self.kept.where))
+        return self.add_mixed(tokens, attend(*self.queries_keys_values(tokens), where=self.kept.where))
+
+    def after_prefix(self, places: Tensor) -> Tensor:
+        """Places (B, M) of grid tokens as (B, P + M) of the sequence, all prefix tokens first."""
+        always = torch.arange(self.prefix, device=places.device).expand(len(places), -1)
+        return torch.cat([always, places + self.prefix], 1)
 
     def add_mlp(self, tokens: Tensor) -> Tensor:
         """tokens + tail2(mlp(norm2(tokens)))."""

@@ -199,6 +199,10 @@ def initialise(module: nn.Module, spread: float) -> None:
             nn.init.zeros_(module.bias)
 
 
+DEIT_SIZES: dict[str, dict[str, Any]] = {
+    size: dict(dim=64 * heads, depth=12, heads=heads) for size, heads in (("tiny", 3), ("small", 6), ("base", 12))
+}
+
 # The names that DeiT's authors, and timm, give the parameters of a Plain with a class token.
 DEIT: KeyMap = (
     (r"patch_embed\.proj\.(.*)", r"stem.proj.\1"),

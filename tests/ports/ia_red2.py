@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from saccade.core.keymap import Dropped
-from saccade.papers.ia_red2 import RECORDED, Interpreter, ia_red2_deit
-from saccade.parts.plain import DEIT
+from saccade.papers.ia_red2 import RECORDED, Interpreter, authors_names, ia_red2_deit, taps
+from saccade.tools.verify import find_taps
 from tests.ports.port import Port, key_map
 
 
@@ -12,13 +11,7 @@ def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     if golden["source"]["object"] == "PerBlockAgent":
         return Port(Interpreter(args["dim"], args["num_heads"]), key_map(()))
-    vit, firsts = args["vit"], RECORDED(golden)["layers"]
+    vit, layers = args["vit"], RECORDED(golden)["layers"]
     model = ia_red2_deit(vit["embed_dim"], vit["depth"], vit["num_heads"], patch=vit["patch_size"],
-                         img_size=vit["img_size"], num_classes=vit.get("num_classes", 1000), **RECORDED(golden))
-    names = (
-        Dropped(r"groups\.\d+\.block_list\..*", "the blocks once more"),
-        *((rf"groups\.{group}\.agent\.(.*)", rf"blocks.{first}.interpreter.\1") for group, first in enumerate(firsts)),
-        *DEIT,
-    )
-    return Port(model, key_map(names), taps={f"prob{group}": f"blocks.{first}.watched" for group, first in
-                                             enumerate(firsts) if f"prob{group}" in golden["outputs"]})
+                         img_size=vit["img_size"], num_classes=vit.get("num_classes", 1000), layers=layers)
+    return Port(model, key_map(authors_names(layers)), taps=find_taps(taps(layers), golden))
