@@ -36,7 +36,8 @@ class Pattern:
     grid: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.grid):
                 raise SaccadeError(f"{name} {value} on a grid of {len(self.grid)} axes: give one an axis")
 

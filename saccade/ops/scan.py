@@ -34,17 +34,18 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
     """y_t = c_t . h_t, h_t = exp(dt_t a) h_{t-1} + dt_t u_t b_t, a state of n numbers a channel.
 
     u, dt, y (*lead, L, E); b, c (*lead, L, n), shared by the channels; a (E, n), or with leading axes that broadcast to
-    `lead` (one a direction). dt >= 0 and a <= 0, or states grow. (Gu, Dao, "Mamba", 2023, section 3.)
+    `lead` (one a direction). dt >= 0 and a <= 0, or states grow. States are float32 at least, y is of u's type.
+    (Gu, Dao, "Mamba", 2023, section 3.)
     """
-    wide = torch.promote_types(u.dtype, torch.float32)
+    wide, given = torch.promote_types(u.dtype, torch.float32), u.dtype
     u, dt, a, b, c = (value.to(wide) for value in (u, dt, a, b, c))
     steps = _steps(u, b)
     with _full_precision(u):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _known(u):
             # The states of all tokens outweigh everything else by n: computed again in the backward pass, not kept.
             out: Tensor = checkpoint(_scan, u, dt, a, b, c, steps, use_reentrant=False, preserve_rng_state=False)
-            return out
-        return _scan(u, dt, a, b, c, steps)
+            return out.to(given)
+        return _scan(u, dt, a, b, c, steps).to(given)
 
 
 def _scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, steps: int) -> Tensor:

@@ -93,9 +93,9 @@ class AdaptiveFrequencyFilter(nn.Module):
     @staticmethod
     def _layer(bias: Tensor, weight: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `baddbmm` takes: b, (real, imaginary), and the real form [[R, I], [-I, R]] of the weight R + iI."""
-        real, imaginary = weight
+        real, imaginary = weight.to(parts.dtype)
         matrix = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)
-        return torch.cat([bias[0], bias[1]], -1)[:, None], parts, matrix
+        return bias.to(parts.dtype).movedim(0, 1).flatten(1)[:, None], parts, matrix
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         """Multiply-adds: 8 C^2 / blocks at each frequency; the transforms' own are not counted."""

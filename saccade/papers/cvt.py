@@ -26,7 +26,7 @@ from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
-from saccade.parts.convolution import conv_norm, on_grid
+from saccade.parts.convolution import AveragePool, conv_norm
 from saccade.parts.merging import ConvMerging
 from saccade.parts.mlp import Mlp
 from saccade.parts.pyramid import Pyramid
@@ -53,7 +53,6 @@ CARD = Card(
     goldens=("cvt_13", "op_cvt_conv_attention", "op_cvt_conv_attention_avg"),
 )
 
-POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 METHODS = ("dw_bn", "avg", "linear")
 
 
@@ -87,7 +86,7 @@ class ConvolutionalProjection(nn.Module):
             if method == "dw_bn":
                 return nn.Sequential(*conv_norm(site.rank, site.dim, site.dim, kernel, stride, groups=site.dim))
             if method == "avg" and stride > 1:
-                return POOLS[site.rank](kernel, stride, kernel // 2, ceil_mode=True)
+                return AveragePool(kernel, stride, kernel // 2, ceil_mode=True)
             return nn.Identity()
 
         self.local = nn.ModuleList(project(step) for step in (1, stride, stride))
@@ -95,7 +94,7 @@ class ConvolutionalProjection(nn.Module):
         self.proj = nn.Linear(site.dim, site.dim)
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Any:
-        maps = [on_grid(local, x) if self.method == "avg" else local(x) for local in self.local]
+        maps = [local(x) for local in self.local]
         q, k, v = (linear(join(part, prefix)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for linear, part in zip((self.q, self.k, self.v), maps, strict=True))
         count = 0 if prefix is None else prefix.shape[1]

@@ -36,7 +36,7 @@ from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
-from saccade.parts.convolution import conv_norm, on_grid
+from saccade.parts.convolution import AveragePool, conv_norm
 from saccade.parts.head import head_on
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
@@ -148,7 +148,9 @@ class HaloAttention(nn.Module):
         self.key_dim, self.value_dim = key_dim or value_dim, value_dim
         if stride not in (1, 2):
             raise SaccadeError(f"stride={stride}: halo attention downsamples by 2, or not (1)")
-        self.pool = MeanPool(site.rank) if stride > 1 and (pool or block % stride) else None
+        merged = stride > 1 and (pool or block % stride)
+        # The mean of the 2x2 tokens, of those there are at an odd end.
+        self.pool = AveragePool(2, 2, ceil_mode=True, count_include_pad=False) if merged else None
         self.stride = 1 if self.pool is not None else stride
         self.q = nn.Linear(site.dim, site.heads * self.key_dim, bias=qkv_bias)
         self.kv = nn.Linear(site.dim, site.heads * (self.key_dim + value_dim), bias=qkv_bias)
@@ -214,18 +216,6 @@ class HaloAttention(nn.Module):
     def reach(self, site: Site) -> tuple[int, ...]:
         """From one end of a block over the other to the end of the halo."""
         return (self.block + self.halo - 1,) * site.rank
-
-
-class MeanPool(nn.Module):
-    """The mean of 2x2 tokens, of those there are at an odd end: (B, *grid, C) -> (B, *ceil(grid / 2), C)."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        pools: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-        self.pool = pools[rank](2, stride=2, ceil_mode=True, count_include_pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return on_grid(self.pool, x)
 
 
 def halo_block(site: Site, mixer: nn.Module, *, values: int, squeeze: bool, **place: Any) -> Bottleneck:

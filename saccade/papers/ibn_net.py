@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.core.site import Site
-from saccade.parts.convolution import at_least, grid_conv, on_grid
+from saccade.parts.convolution import AveragePool, at_least, grid_conv
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.reparameterize import affine_of
@@ -177,14 +177,14 @@ class Transition(nn.Module):
         super().__init__()
         self.norm, self.activation = BatchNorm(dim), RELU()
         self.conv = kaiming(nn.Linear(dim, dim // 2, bias=False))
-        self.pool = MEANS[rank](2, stride=2)
+        self.pool = AveragePool(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.activation(self.norm(x)))
-        return on_grid(self.pool, at_least(x, 2, first=1))
+        mean: Tensor = self.pool(at_least(x, 2, first=1))
+        return mean
 
 
-MEANS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _DENSE = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32), 161: (6, 12, 36, 24)}
 _NANO: dict[str, Any] = dict(depths=(1, 2, 2), dim=16, strides=(1, 2, 1), img_size=32)

@@ -142,7 +142,8 @@ class TokenPerformer(TokenAttention):
     def positive(self, x: Tensor) -> Tensor:
         """phi(x), whose products have exp(x . y) for their mean over the draw of w: (B, N, width) -> (B, N, m)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (x @ self.features.mT - x.square().sum(-1, keepdim=True) / 2).exp() * self.features.shape[0] ** -0.5
+        features = self.features.to(x.dtype)
+        return (x @ features.mT - x.square().sum(-1, keepdim=True) / 2).exp() * features.shape[0] ** -0.5
 
     def cost(self, site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
         """Multiply-adds: N D (3 C + D) for the projections, N m (4 D + 1) for m random features."""

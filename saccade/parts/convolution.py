@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.parts.norm import BatchNorm
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGES: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def on_grid(layer: nn.Module, x: Tensor) -> Tensor:
@@ -46,6 +47,26 @@ class GridConv3d(_OnGrid, nn.Conv3d):
 
 
 GRID_CONVOLUTIONS: dict[int, Any] = {1: GridConv1d, 2: GridConv2d, 3: GridConv3d}
+
+
+class AveragePool(nn.Module):
+    """The mean over windows, with the options of `nn.AvgPool2d`: (B, *grid, C) -> (B, *grid', C), any rank."""
+
+    def __init__(self, kernel: int, stride: int, padding: int = 0, **options: bool) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding, self.options = kernel, stride, padding, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.movedim(-1, 1)
+        if x.is_cuda and self.padding:
+            # On a GPU the gradient of a padded pooling is wrong in this layout (pytorch/pytorch#188344).
+            image = image.contiguous()
+        pooled: Tensor = AVERAGES[x.ndim - 2](image, self.kernel, self.stride, self.padding, **self.options)
+        return pooled.movedim(1, -1).contiguous()
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{self.kernel}, stride={self.stride}, padding={self.padding}{options}"
 
 
 def at_least(x: Tensor, side: int, first: int) -> Tensor:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.parts.block import residual_tail
-from saccade.parts.convolution import conv_norm, grid_conv
+from saccade.parts.convolution import AveragePool, conv_norm, grid_conv
 from saccade.parts.mlp import Gelu
 from saccade.parts.norm import BatchNorm
 from saccade.parts.squeeze import SqueezeExcite
 
-POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 Make = Callable[[], nn.Module]
 
 
@@ -37,6 +36,7 @@ class SamePool(nn.Module):
     def __init__(self, kernel: int = 2) -> None:
         super().__init__()
         self.kernel = kernel
+        self.mean = AveragePool(kernel, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self._pool(x)
@@ -45,8 +45,8 @@ class SamePool(nn.Module):
         return pooled / self._pool(x.new_ones(1, *x.shape[1:-1], 1))
 
     def _pool(self, x: Tensor) -> Tensor:
-        image = pad_same(x, self.kernel, 2).movedim(-1, 1)
-        return POOL[image.ndim - 2](image, self.kernel, 2).movedim(1, -1)
+        mean: Tensor = self.mean(pad_same(x, self.kernel, 2))
+        return mean
 
 
 class SameConv(nn.Module):

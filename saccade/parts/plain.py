@@ -48,11 +48,14 @@ class TokenBlock(Block):
     """A block on prefix and grid tokens kept in one sequence (B, P + N, C); only the mixer sees them apart."""
 
     def forward(self, tokens: Tensor, count: int, grid: tuple[int, ...]) -> Tensor:  # type: ignore[override]
-        normed = self.norm1(tokens)
-        x, prefix = normed[:, count:].unflatten(1, grid), normed[:, :count]
-        mixed = join(*self.mixer(x, prefix=prefix)) if count else self.mixer(x).flatten(1, -2)
-        tokens = tokens + self.scale1(mixed)
+        tokens = tokens + self.scale1(self._mixed(self.norm1(tokens), count, grid))
         return tokens + self.scale2(self.mlp(self.norm2(tokens)))
+
+    def _mixed(self, tokens: Tensor, count: int, grid: tuple[int, ...]) -> Tensor:
+        if type(self.mixer) is Attention:  # tokens are a set to it: parting and joining them would be two copies
+            return self.mixer(tokens)
+        x, prefix = tokens[:, count:].unflatten(1, grid), tokens[:, :count]
+        return join(*self.mixer(x, prefix=prefix)) if count else self.mixer(x).flatten(1, -2)
 
 
 class Plain(Backbone):

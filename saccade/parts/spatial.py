@@ -5,13 +5,11 @@ from __future__ import annotations
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.site import Site
+from saccade.parts.convolution import AveragePool
 from saccade.parts.position import is_native, resample
-
-POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class Pooling(nn.Module):
@@ -22,10 +20,11 @@ class Pooling(nn.Module):
     def __init__(self, site: Site, kernel: int = 3) -> None:
         super().__init__()
         self.kernel = kernel
+        self.mean = AveragePool(kernel, 1, kernel // 2, count_include_pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = POOL[x.ndim - 2](x.movedim(-1, 1), self.kernel, 1, self.kernel // 2, count_include_pad=False)
-        return pooled.movedim(1, -1).contiguous() - x
+        mean: Tensor = self.mean(x)
+        return mean - x
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
         return 0

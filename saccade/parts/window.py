@@ -76,7 +76,8 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(windows).view(G, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias() if self.bias is not None else None
         if mask is not None:
-            bias = mask[:, None] if bias is None else bias + mask[:, None]
+            mask = mask[:, None].to(windows.dtype)
+            bias = mask if bias is None else bias + mask
             images = G // mask.shape[0]
             bias = bias.expand(images, *bias.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else bias
 

@@ -49,28 +49,27 @@ def _declared(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     names = [name.removesuffix("mixer").removesuffix(".") for name, module in model.named_modules()
              if name.endswith("mixer") and hasattr(module, "cost")]
     blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): model.get_submodule(name) for name in names}
-    grids: dict[str, Tensor] = {}
+    given: dict[str, tuple[Tensor, Tensor | None]] = {}  # the grid of tokens that each mixer got, and the prefix
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            grids[name] = inputs[0]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            given[name] = inputs[0], named.get("prefix", inputs[1] if len(inputs) > 1 else None)
         return hook
 
     for name, block in blocks.items():
-        block.mixer.register_forward_pre_hook(keep(name))
+        block.mixer.register_forward_pre_hook(keep(name), with_kwargs=True)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model.eval()(*inputs)
     counts = {name.partition(".")[2]: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     total = int(counter.get_total_flops()) // 2
-    prefix = {"prefix": model.prefix_count} if getattr(model, "prefix_count", 0) else {}
     for name, block in blocks.items():
-        if name not in grids:
+        if name not in given:
             continue  # a method calls the mixer's projections itself
-        x, mixer = grids[name], block.mixer
-        given = prefix if getattr(mixer, "prefix", False) else {}
+        (x, prefix), mixer = given[name], block.mixer
+        beside = {"prefix": prefix.shape[1]} if prefix is not None and getattr(mixer, "prefix", False) else {}
         grid = tuple(x.shape[1:-1])
-        total += x.shape[0] * mixer.cost(block.site, grid, **given) - counts.get(name, 0)
+        total += x.shape[0] * mixer.cost(block.site, grid, **beside) - counts.get(name, 0)
         total += mixer.shared_cost(block.site, grid) if hasattr(mixer, "shared_cost") else 0  # once for the batch
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from saccade import Site, record
@@ -56,6 +57,21 @@ def test_autocast_is_finite(name):
     module = mixer(name)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert module(torch.randn(2, 9, 7, 32)).isfinite().all()
+
+
+@over("test_all_of_it_in_bfloat16", MIXERS)
+def test_all_of_it_in_bfloat16(name, monkeypatch):
+    """Weights and input in half precision: so comes the output; a bias of another type GPUs would refuse."""
+    fused, wrong = F.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask=None, **settings):
+        wrong.extend([] if attn_mask is None or attn_mask.dtype in (torch.bool, q.dtype) else [attn_mask.dtype])
+        return fused(q, k, v, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with torch.no_grad():
+        out = mixer(name).bfloat16()(torch.randn(2, 9, 7, 32, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16 and out.isfinite().all() and not wrong
 
 
 @over("test_state_dict_round_trip", MIXERS)
