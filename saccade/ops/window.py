@@ -78,10 +78,17 @@ def relative_position_index(window: tuple[int, ...], device: torch.device) -> Te
 
 @table
 def window_tokens(
-    grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
+    grid: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    device: torch.device,
+    padded: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """(windows, N) number of the token at each place of each window of the padded, shifted grid; -1 for padding."""
-    padded = [side + (-side) % part for side, part in zip(grid, window, strict=True)]
+    """(windows, N) number of the token at each place of each window of the padded, shifted grid; -1 for padding.
+
+    The grid is padded at its ends to whole windows, unless `padded` says to what.
+    """
+    padded = padded or tuple(side + (-side) % part for side, part in zip(grid, window, strict=True))
     numbers = torch.arange(torch.Size(grid).numel(), device=device).view(1, *grid, 1) + 1
     numbers = pad_end(numbers, [full - side for full, side in zip(padded, grid, strict=True)]) - 1
     numbers = numbers.roll([-step for step in shift], tuple(range(1, len(grid) + 1)))

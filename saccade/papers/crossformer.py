@@ -34,10 +34,11 @@ from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
-from saccade.ops.window import crop, pad_end, pad_to_multiple, relative_position_index
+from saccade.ops.window import crop, pad_end, pad_to_multiple
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import CONVOLUTIONS, GRID_CONVOLUTIONS, depthwise
+from saccade.parts.dynamic_bias import DYNAMIC_BIAS, DynamicBias
 from saccade.parts.mlp import Mlp
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import pad_image
@@ -75,28 +76,6 @@ CARD = Card(
 
 _MASKED = -1e4  # as good as the authors' -1e6, and finite in half precision
 Sides = tuple[int, ...]
-
-
-class DynamicBias(nn.Module):
-    """A bias a head and offset, from an MLP of the offset in tokens: () -> (heads, N, N) for groups of N tokens."""
-
-    def __init__(self, group: Sides, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.group = group
-        layers: list[nn.Module] = [nn.Linear(len(group), hidden)]
-        for width in (hidden, hidden, heads):
-            layers += [nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width)]
-        self.mlp = nn.Sequential(*layers)
-
-    def forward(self) -> Tensor:
-        first: Any = self.mlp[0]
-        biases = self.mlp(offsets(self.group, first.weight.dtype, first.weight.device))
-        return biases[relative_position_index(self.group, biases.device)].permute(2, 0, 1)
-
-    def cost(self) -> int:
-        """Multiply-adds: the MLP's weights once for each of the prod(2 G - 1) offsets."""
-        weights = sum(layer.weight.numel() for layer in self.mlp if isinstance(layer, nn.Linear))
-        return prod(2 * side - 1 for side in self.group) * weights
 
 
 class LongShortDistance(nn.Module):
@@ -183,13 +162,6 @@ def group_tokens(grid: Sides, padded: Sides, group: Sides, interval: int, device
     numbers = torch.arange(prod(grid), device=device).view(1, *grid, 1) + 1
     numbers = pad_end(numbers, [full - side for full, side in zip(padded, grid, strict=True)]) - 1
     return split_groups(numbers, group, interval).squeeze(-1)
-
-
-@table
-def offsets(group: Sides, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(M, rank) all M offsets between two tokens of a group, in the order of `relative_position_index`."""
-    steps = [torch.arange(1 - side, side, dtype=dtype, device=device) for side in group]
-    return torch.stack(torch.meshgrid(steps, indexing="ij"), -1).flatten(0, -2)
 
 
 def cross_scale(layers: dict[int, Any], rank: int, dim: int, out_dim: int, kernels: Sequence[int]) -> nn.ModuleList:
@@ -292,12 +264,7 @@ def crossformer(
     )
 
 
-MIXER: KeyMap = (
-    (r"pos\.pos_proj\.(.*)", r"bias.mlp.0.\1"),
-    *((rf"pos\.pos{step}\.{layer}\.(.*)", rf"bias.mlp.{3 * step - 2 + layer}.\1")
-      for step in (1, 2, 3) for layer in (0, 2)),
-    (r"(.*)", r"\1"),
-)
+MIXER: KeyMap = (*within(DYNAMIC_BIAS, r"pos\.", "bias."), (r"(.*)", r"\1"))
 BLOCK: KeyMap = (
     *within(MIXER, r"attn\.", "mixer."),
     (r"ex_conv\.(.*)", r"cooling.0.\1"),

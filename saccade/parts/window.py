@@ -76,10 +76,7 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(windows).view(G, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         bias = self.bias() if self.bias is not None else None
         if mask is not None:
-            mask = mask[:, None].to(windows.dtype)
-            bias = mask if bias is None else bias + mask
-            images = G // mask.shape[0]
-            bias = bias.expand(images, *bias.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else bias
+            bias = masked(bias, mask.to(windows.dtype), G)
 
         def where() -> tuple[Tensor, Tensor]:
             tokens = window_tokens(grid, self.window, shift, windows.device)
@@ -103,7 +100,7 @@ class WindowAttention(nn.Module):
         x = pad_to_multiple(x, self.window)
         padded, shifts = tuple(x.shape[1:-1]), (shift,) * len(grid)
         x = shifted(x, (-shift,) * len(grid))
-        mask = region_mask(padded, self.window, shift, x.device)
+        mask = region_mask(padded, self.window, shifts, x.device)
         windows = self.attend(partition(x, self.window), grid, shifts, mask)
         return crop(shifted(merge(windows, self.window, padded), shifts), grid)
 
@@ -128,11 +125,20 @@ class ShiftingAttention(WindowAttention):
         return self.attend_shifted(x, self.shift) if self.shift else super().forward(x)
 
 
+def masked(bias: Tensor | None, mask: Tensor, windows: int) -> Tensor:
+    """bias (heads, N, N) + mask (G, N, N) for so many windows, those of an image in a row: (windows, heads, N, N)."""
+    both = mask[:, None] if bias is None else bias + mask[:, None]
+    images = windows // mask.shape[0]
+    return both.expand(images, *both.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else both
+
+
 @table
-def region_mask(padded: tuple[int, ...], window: tuple[int, ...], shift: int, device: torch.device) -> Tensor:
+def region_mask(
+    padded: tuple[int, ...], window: tuple[int, ...], shifts: tuple[int, ...], device: torch.device
+) -> Tensor:
     """(windows, N, N): 0 between tokens of one region of the rolled grid, -100 between tokens of two."""
     region = torch.zeros(1, *padded, 1, dtype=torch.long, device=device)
-    for axis, (side, part) in enumerate(zip(padded, window, strict=True)):
+    for axis, (side, part, shift) in enumerate(zip(padded, window, shifts, strict=True)):
         place = torch.arange(side, device=device)
         strip = (place >= side - part).long() + (place >= side - shift).long()
         region = region * 3 + strip.view(-1, *[1] * (len(padded) - axis))

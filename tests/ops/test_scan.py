@@ -59,8 +59,8 @@ def test_half_precision_is_scanned_in_single():
     half = [value.bfloat16() for value in arguments]
     with torch.autocast("cpu", torch.bfloat16):
         out = selective_scan(*half)
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, reference.selective_scan(*(value.float() for value in half)), rtol=1e-4, atol=1e-4)
+    wanted = reference.selective_scan(*(value.float() for value in half))
+    torch.testing.assert_close(out, wanted.bfloat16())  # rounded once, at the end
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 150])
