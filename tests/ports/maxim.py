@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from saccade import Site
-from saccade.core.keymap import rename, within
+from saccade.core.keymap import within
 from saccade.papers.maxim import CROSS, GMLP, TAPS, CrossGating, MultiAxisGmlp, authors, maxim
-from saccade.tools.golden import make_inputs, make_state
-from tests.ports.port import Port, channels_last, key_map
+from saccade.tools.golden import make_inputs
+from tests.ports.port import Port, channels_last, key_map, unused
 
 
 class Residual(nn.Module):
@@ -27,12 +26,11 @@ class Residual(nn.Module):
 
 
 class AllStages(nn.Module):
-    """Every supervised picture; `dead` are the parameters that the authors' code makes and never uses."""
+    """Every supervised picture."""
 
-    def __init__(self, model: nn.Module, dead: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.dead = nn.ParameterDict({name.replace(".", "-"): torch.zeros(value.shape) for name, value in dead.items()})
 
     def forward(self, image: Tensor) -> list[list[Tensor]]:
         return self.model.stages(image)
@@ -58,18 +56,13 @@ def build(golden: dict[str, Any]) -> Port:
 
 def network(golden: dict[str, Any], stages: int) -> Port:
     args = golden["source"]["args"]
-    depth, state = args["depth"], make_state(golden)
-    rules = authors(depth, stages)
-    dead = rename(state, rules).dropped
-    model = maxim(args["features"], stages, depth)
-
-    def names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        ours = {f"model.{name}": value for name, value in rename(state, rules).state.items()}
-        return ours | {f"dead.{name.replace('.', '-')}": state[name] for name in dead}
+    rules = authors(args["depth"], stages)
+    model = maxim(args["features"], stages, args["depth"])
 
     def outputs(result: list[list[Tensor]]) -> dict[str, Tensor]:
         return {f"s{i}_{j}": picture for i, pictures in enumerate(result) for j, picture in enumerate(pictures)}
 
     taps = {name: "model." + next(re.sub(rule, place, name) for rule, place in TAPS.items() if re.fullmatch(rule, name))
             for name in golden["outputs"] if not re.fullmatch(r"s\d_\d", name)}
-    return Port(AllStages(model, {name: state[name] for name in dead}), names, outputs=outputs, taps=taps)
+    return Port(AllStages(model), key_map(within(rules, "", "model.")), outputs=outputs, taps=taps,
+                unused=unused(golden, rules))

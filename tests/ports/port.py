@@ -34,7 +34,7 @@ class Port:
 
     `rename` turns the authors' state into the module's (differentiably), `inputs` the golden's inputs into the module's
     arguments, `outputs` what the module returns into the golden's outputs by name. `taps` names inner modules whose
-    outputs the golden holds too.
+    outputs the golden holds too; `unused` counts the parameters that the authors' code makes and never calls.
     """
 
     module: nn.Module
@@ -42,6 +42,14 @@ class Port:
     inputs: Callable[[State], tuple[Any, ...]] = only_input
     outputs: Callable[[Any], State] = only_output
     taps: dict[str, str] | None = None
+    unused: int = 0
+
+
+def unused(golden: Golden, rules: KeyMap) -> int:
+    """How many of a golden's parameters (not buffers) a key map drops."""
+    parameters = {name for name, _, kind in golden["state"] if kind == "param"}
+    state = make_state(golden)
+    return sum(state[name].numel() for name in rename(state, rules).dropped if name in parameters)
 
 
 def key_map(rules: KeyMap) -> Callable[[State], State]:
