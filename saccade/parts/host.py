@@ -70,6 +70,10 @@ class HostBlock(nn.Module):
         """Whether fewer tokens may leave than came."""
         return False
 
+    def whole(self, tokens: Tensor) -> Tensor:
+        """All tokens of the picture, for a map, from those that left this block."""
+        return tokens
+
     @property
     def attention(self) -> Any:
         """The host's attention: qkv and proj, in timm also norms of queries, keys and output."""

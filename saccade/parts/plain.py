@@ -161,7 +161,8 @@ class Plain(Backbone):
                 raise SaccadeError(f"blocks.{number} lets tokens go ({type(block).__name__}): no map is left to give; "
                                    "read forward_features, or undo the method")
             tokens = block(tokens, self.prefix_count, grid)
-            maps.append(tokens[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1))
+            whole = block.whole(tokens) if hasattr(block, "whole") else tokens  # type: ignore[operator]
+            maps.append(whole[:, self.prefix_count:].unflatten(1, grid).movedim(-1, 1))
         return maps
 
     def forward_features(self, image: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tests.contracts.registered import over, randomised
 OPTIONS = {
     "ats": (dict(layers=()), dict(samples=12, layers=(1, 3))),
     "evit": (dict(keep=1.0, layers=(1, 3)), dict(keep=0.5, layers=(1, 3))),
+    "expedite": (dict(keep=1.0), dict(keep=0.49, start=2)),
     "ia_red2": (dict(layers=(0, 2), threshold=0.0, heads=4), dict(layers=(0, 2), heads=4)),
     "self_slimmed": (dict(layers=()), dict(layers=(0, 2))),
     "sparsifiner": (dict(keep=1.0), dict(keep=0.25)),
