@@ -51,7 +51,8 @@ def wrong_in(golden):
     return {what for name, what in WRONG if name == golden and not what.startswith("test_")}
 
 
-@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if read_golden(path)["macs"] is not None])
+# Where none are counted (elementwise, or by broadcasting) there is nothing to compare.
+@pytest.mark.parametrize("name", [name for name, path in PATHS.items() if read_golden(path)["macs"]])
 def test_declared_multiply_adds(name):
     """Declared (mathematical) multiply-adds within 1 % of what was counted on the authors' code.
 
