@@ -1,4 +1,4 @@
-"""Reading any image classifier: its scores, its slopes, and the map that its last layers stand on."""
+"""Reading any image classifier: in evaluation, and the map that its last layers stand on."""
 
 from __future__ import annotations
 
@@ -11,40 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.parts.scores import chosen
 
 # Leaves whose outputs are tokens or maps in shape alone: parts of a projection, or attention weights.
 NO_MAPS = (nn.Linear, nn.Dropout, nn.Identity, nn.Softmax)
 MOST_PREFIX_TOKENS = 16
-
-
-def scores(model: nn.Module, image: Tensor) -> Tensor:
-    """The scores (B, classes) of a classifier: a tensor, a dict's "scores", or a Hugging Face output's `logits`.
-
-    Raises SaccadeError where the model returns anything else.
-    """
-    result = model(image)
-    if isinstance(result, dict) and "scores" in result:
-        result = result["scores"]
-    result = getattr(result, "logits", result)
-    if not isinstance(result, Tensor) or result.ndim != 2:
-        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise SaccadeError(f"the model returned {found}: only a classifier, (batch, classes) scores, can be explained")
-    return result
-
-
-def chosen(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-    """The score (B,) of each picture's own target (B,)."""
-    return scores(model, image).gather(1, target[:, None])[:, 0]
-
-
-def slopes(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
-    """d score_target / d image, (B, C, H, W). Raises SaccadeError where the scores have no gradient."""
-    leaf = image.detach().clone().requires_grad_()
-    score = chosen(model, leaf, target).sum()
-    gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
-    if gradient is None:
-        raise SaccadeError("the scores have no gradient with respect to the picture; use occlusion, rise or lime")
-    return gradient
 
 
 @contextmanager

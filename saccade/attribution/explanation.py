@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from saccade.attribution import gradients, perturbation
-from saccade.attribution.classifier import evaluating, scores
+from saccade.attribution.classifier import evaluating
 from saccade.core.errors import SaccadeError
 from saccade.core.index import index
 from saccade.core.index import method as declared
 from saccade.core.names import closest
+from saccade.parts.scores import scores
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
     "gradient_x_input": Method(gradients.gradient_x_input, "gradient", signed=True),
     "integrated_gradients": Method(gradients.integrated_gradients, "gradient", signed=True),
     "smoothgrad": Method(gradients.smoothgrad, "gradient"),
+    "lrp": Method(gradients.lrp, "gradient", signed=True),
     "gradcam": Method(gradients.gradcam, "map"),
     "occlusion": Method(perturbation.occlusion, "scores", signed=True),
     "rise": Method(perturbation.rise, "scores"),

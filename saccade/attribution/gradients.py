@@ -1,4 +1,4 @@
-"""Maps from slopes: gradient, gradient x input, integrated gradients, SmoothGrad, Grad-CAM.
+"""Maps from slopes: gradient, gradient x input, integrated gradients, SmoothGrad, relevance, Grad-CAM.
 
 Each takes (model, image (B, C, H, W), target (B,)) and returns (B, H, W). The model is in evaluation mode already.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saccade.attribution.classifier import last_map, resize, slopes
+from saccade.attribution.classifier import last_map, resize
 from saccade.core.errors import SaccadeError
+from saccade.parts.relevance import relevance
+from saccade.parts.scores import slopes
 
 
 def gradient(model: nn.Module, image: Tensor, target: Tensor) -> Tensor:
@@ -35,6 +37,11 @@ def integrated_gradients(
     for step in range(steps):
         total += slopes(model, baseline + (step + 0.5) / steps * difference, target)
     return (difference * total / steps).sum(1)
+
+
+def lrp(model: nn.Module, image: Tensor, target: Tensor, rule: str = "epsilon") -> Tensor:
+    """Layer-wise relevance propagation by a rule of `parts.relevance`, summed over the colours. Bach et al., 2015."""
+    return relevance(model, image, target, rule).sum(1)
 
 
 def smoothgrad(

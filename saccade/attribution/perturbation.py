@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attribution.classifier import chosen, scores
 from saccade.core.errors import SaccadeError
+from saccade.parts.scores import chosen, scores
 
 Progress = Callable[[int, int], None]
 

@@ -17,10 +17,10 @@ from tests.attribution.planted import auc, convolutional, pictures, trained
 # The least area under the curve with which a method must find the planted patch, by model; a blind map has 0.5.
 # Slopes alone are not listed for the transformers: where a patch is seen with certainty the scores are flat.
 FLOORS = {
-    "cnn": {"gradient": 0.85, "gradient_x_input": 0.85, "integrated_gradients": 0.85, "smoothgrad": 0.85,
+    "cnn": {"gradient": 0.85, "gradient_x_input": 0.85, "integrated_gradients": 0.85, "smoothgrad": 0.85, "lrp": 0.85,
             "gradcam": 0.95, "occlusion": 0.95, "rise": 0.85, "lime": 0.95, "meaningful_perturbation": 0.8},
-    "deit_nano": {"integrated_gradients": 0.65, "gradcam": 0.7, "occlusion": 0.85, "lime": 0.95},
-    "swin_nano": {"integrated_gradients": 0.8, "gradcam": 0.6, "occlusion": 0.75, "lime": 0.95},
+    "deit_nano": {"lrp": 0.6, "integrated_gradients": 0.65, "gradcam": 0.7, "occlusion": 0.85, "lime": 0.95},
+    "swin_nano": {"lrp": 0.6, "integrated_gradients": 0.8, "gradcam": 0.6, "occlusion": 0.75, "lime": 0.95},
 }
 QUICK = {"occlusion": {"patch": 8, "stride": 4}, "rise": {"masks": 300}, "lime": {"samples": 300},
          "meaningful_perturbation": {"steps": 100}}
