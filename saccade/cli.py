@@ -253,6 +253,26 @@ def predict(
 
 
 @app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="A picture (PNG, JPEG, WebP, TIFF), or a folder of them.")],
+    target: Annotated[Path, typer.Argument(help="The file or folder to write; the same command resumes a folder.")],
+    model: Annotated[str, typer.Option(help="Registered model of restoration, as in hat_x4.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights: the authors' file, or ours.")],
+    tile: Annotated[int, typer.Option(help="Side of the squares that the network sees, pixels.")] = 256,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring squares share.")] = 32,
+    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Mean over its eight turns.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Enlarge or clean pictures, of any size; depth, alpha, EXIF and colour profile are kept."""
+    from saccade.learn.restoration.restore import Tiles
+    from saccade.tools.restore import Restoration
+    from saccade.tools.restore import restore as run
+    from saccade.tools.watch import Watch
+
+    run(Restoration(source, target, model, checkpoint, Tiles(tile, overlap, self_ensemble), force), Watch())
+
+
+@app.command()
 def verify(
     goldens: Annotated[list[Path], typer.Argument(help="Goldens of whole models (JSON).")], as_json: Json = False
 ) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.files import sha256_of
 
 CHUNK = 1 << 18
 
@@ -39,19 +40,11 @@ def fetch(url: str, sha256: str | None, *, folder: Path | None = None) -> Path:
     path = folder / name
     with FileLock(folder / f".{name}.lock"):
         whole = path if path.is_file() else _download(url, folder / f"{name}.part")
-        if sha256 is not None and (found := _sha256(whole)) != sha256.lower():
+        if sha256 is not None and (found := sha256_of(whole)) != sha256.lower():
             whole.unlink()
             raise SaccadeError(f"{url}: its sha256 is {found}, not {sha256}; removed, check where it comes from")
         os.replace(whole, path)
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(url: str, part: Path) -> Path:

@@ -134,6 +134,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "hat_s": dict(dim=144, compress=24, squeeze=24),
     "hat": {},
     "hat_l": dict(depths=(6,) * 12, heads=(6,) * 12),
+    "hat_nano": dict(dim=32, depths=(2, 2), heads=(2, 2), window=8, squeeze=8, drop_path_rate=0.0),  # to try things out
 }
 SIZES: dict[str, dict[str, Any]] = {
     f"{name}_x{scale}": dict(size, scale=scale) for name, size in _SIZES.items() for scale in (2, 3, 4)

@@ -257,6 +257,7 @@ class Maxim(nn.Module):
     """A picture restored: (B, C, H, W) in [0, 1] -> (B, C, H, W)."""
 
     scale = 1
+    multiple = 64  # to which the sides of a picture are reflected
 
     def __init__(
         self, dim: int, num_stages: int, depth: int = 3, groups: int = 2, bottlenecks: int = 2, in_chans: int = 3
@@ -270,7 +271,7 @@ class Maxim(nn.Module):
     def stages(self, image: Tensor) -> list[list[Tensor]]:
         """All supervised pictures [stage][scale, the coarsest first], each (B, C, H / 2^i, W / 2^i), rounded up."""
         height, width = image.shape[2:]
-        whole = reflected(image, 64).movedim(1, -1)
+        whole = reflected(image, self.multiple).movedim(1, -1)
         images = [whole[:, (1 << i) // 2::1 << i, (1 << i) // 2::1 << i].contiguous() for i in range(self.depth)]
         before, results = None, []
         for unet in self.unets:
