@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text beside `path`, then put it in place in one step."""
+    fill_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def fill_whole(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill` write a file beside `path`, then put it in place in one step; nothing is left of a failure."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        fill(part)
+        with part.open("rb+") as file:  # a disk that is full may say so only now
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

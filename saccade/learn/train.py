@@ -7,19 +7,14 @@ with the same bits as a run that was left alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -27,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from saccade.core.errors import SaccadeError
+from saccade.core.files import fill_whole
 from saccade.core.optional import optional
+from saccade.learn.reproducible import claim, describe, reproducible, seed_of, tensors
 from saccade.learn.transforms import Squares, normalise, training_transform
 
 if TYPE_CHECKING:
@@ -102,16 +99,17 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, curves = folder / "weights.safetensors", folder / "curves.json"
-    with _reproducible():
-        torch.manual_seed(_seed(recipe.seed))
+    with reproducible():
+        torch.manual_seed(seed_of(recipe.seed))
         model = make_model()
-        _claim(folder / "recipe.json", recipe, images, model)
+        mine = asdict(recipe) | {"images": images.fingerprint, "model": describe(model)}
+        claim(folder / "recipe.json", mine)
         runner = fabric.Fabric(devices=1)
         if not (weights.exists() and curves.exists()):
             state = _train(runner, model, images, recipe, folder / "last.ckpt", progress)
-            _write(weights, lambda path: save_file(_tensors(model), path))
+            fill_whole(weights, lambda path: save_file(tensors(model), path))
             written = json.dumps({"seconds": state["seconds"], "curves": state["curves"]}, indent=1)
-            _write(curves, lambda path: path.write_text(written))
+            fill_whole(curves, lambda path: path.write_text(written))
     (folder / "last.ckpt").unlink(missing_ok=True)
     model.load_state_dict(load_file(weights))
     return Fitted(model.to(runner.device).eval(), **json.loads(curves.read_text()))
@@ -158,7 +156,7 @@ def _train(
     held_out = Squares(images.val, recipe.img_size)
     truth = torch.tensor(images.val.labels)
     sampler: DistributedSampler[int] = DistributedSampler(
-        squares, runner.world_size, runner.global_rank, seed=_seed(recipe.seed) >> 2, drop_last=True
+        squares, runner.world_size, runner.global_rank, seed=seed_of(recipe.seed) >> 2, drop_last=True
     )
     loader = squares.loader(min(recipe.batch_size, len(sampler)), sampler)
     steps = len(loader)
@@ -182,8 +180,8 @@ def _train(
 
     for epoch in range(len(curves["epoch"]), recipe.epochs):
         began = time.perf_counter()
-        torch.manual_seed(_seed(recipe.seed, epoch, runner.global_rank))
-        squares.reseed(_seed(recipe.seed, epoch))
+        torch.manual_seed(seed_of(recipe.seed, epoch, runner.global_rank))
+        squares.reseed(seed_of(recipe.seed, epoch))
         sampler.set_epoch(epoch)
         network.train()
         mean_loss = torchmetrics.MeanMetric().to(runner.device)
@@ -210,7 +208,7 @@ def _train(
         for curve, value in zip(curves.values(), after, strict=True):
             curve.append(value)
         state["seconds"] += time.perf_counter() - began
-        _write(checkpoint, lambda path: runner.save(path, state))
+        fill_whole(checkpoint, lambda path: runner.save(path, state))
     return state
 
 
@@ -220,64 +218,3 @@ def _check_finite(loss: Tensor, epoch: int, step: int, recipe: Recipe) -> None:
             f"loss became {float(loss)} at epoch {epoch + 1}, step {step + 1}: "
             f"lower the learning rate (it is {recipe.learning_rate:g})"
         )
-
-
-def _seed(*numbers: int) -> int:
-    """A 64-bit seed that is unrelated to that of any other numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _claim(path: Path, recipe: Recipe, images: ImageSet, model: nn.Module) -> None:
-    """Write who this folder belongs to, or make sure that it is the same."""
-    mine = json.loads(json.dumps(asdict(recipe) | {"images": images.fingerprint, "model": _describe(model)}))
-    if not path.exists():
-        _write(path, lambda part: part.write_text(json.dumps(mine, indent=1)))
-        return
-    there = json.loads(path.read_text())
-    different = [name for name in mine | there if mine.get(name) != there.get(name)]
-    if different:
-        changes = ", ".join(f"{name} is {there.get(name)} there and {mine.get(name)} here" for name in different)
-        raise SaccadeError(f"{path.parent} holds another run: {changes}; choose another folder or delete this one")
-
-
-def _describe(model: nn.Module) -> str:
-    """A model's structure and, rounded so that the last bits of another machine do not matter, its start."""
-    modules = [(name, type(module).__name__) for name, module in model.named_modules()]
-    parameters = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    digest = hashlib.sha256(repr((modules, parameters)).encode()).hexdigest()[:8]
-    total = sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in model.parameters())
-    return f"{sum(parameter.numel() for parameter in model.parameters())} parameters, {digest}, start {total:.5g}"
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    # copies, since safetensors refuses two names (tied weights) for one piece of memory
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Same numbers at each run, and torch's random state and settings as before at the end.
-
-    Also needed on a CPU: two threads add the gradients of an indexed table (a relative position bias) in any order.
-    """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # where no such form of an operation exists, go on
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            memory.fill_uninitialized_memory = fill

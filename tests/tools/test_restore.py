@@ -103,7 +103,7 @@ def test_what_alpha_hides_takes_no_part(scale):
 
 def test_a_folder_is_resumed_and_kept(capsys, folder, weights, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    calls, write = [], files.write_file
+    calls, write = [], files.fill_whole
 
     def stops_at_third(path, make):
         calls.append(path)
@@ -111,7 +111,7 @@ def test_a_folder_is_resumed_and_kept(capsys, folder, weights, tmp_path, monkeyp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, make)
 
-    monkeypatch.setattr(files, "write_file", stops_at_third)
+    monkeypatch.setattr(files, "fill_whole", stops_at_third)
     code, _, error = run(capsys, *arguments(folder, out, weights))
     assert code == 2 and error.count("\n") == 1
     assert "c.webp could not be written (No space left on device)" in error and "goes on from here" in error

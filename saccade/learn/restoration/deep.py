@@ -47,32 +47,33 @@ def _form(arguments: Any) -> str:
     return str(arguments if isinstance(arguments, str) else arguments[0] if arguments else "")
 
 
-def write_png(file: BinaryIO, pixels: NDArray[np.uint16], exif: bytes, profile: bytes) -> None:
+def write_png(path: Path, pixels: NDArray[np.uint16], exif: bytes, profile: bytes) -> None:
     """Write (H, W, 1 to 4) uint16 as PNG (W3C, third edition, 2025), each row less the one above it."""
     height, width, channels = pixels.shape
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    file.write(b"\x89PNG\r\n\x1a\n")
-    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
-    if profile:
-        _chunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
-    if exif:
-        _chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    packer, above = zlib.compressobj(LEVEL), np.zeros(2 * width * channels, np.uint8)
-    for top in range(0, height, 256):
-        rows = pixels[top:top + 256].astype(">u2").reshape(-1, width * channels).view(np.uint8)
-        less = np.concatenate([np.full((len(rows), 1), 2, np.uint8), rows - np.vstack([above[None], rows[:-1]])], 1)
-        above = rows[-1]
-        if data := packer.compress(less.tobytes()):
-            _chunk(file, b"IDAT", data)
-    _chunk(file, b"IDAT", packer.flush())
-    _chunk(file, b"IEND", b"")
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+        if profile:
+            _chunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
+        if exif:
+            _chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
+        packer, above = zlib.compressobj(LEVEL), np.zeros(2 * width * channels, np.uint8)
+        for top in range(0, height, 256):
+            rows = pixels[top:top + 256].astype(">u2").reshape(-1, width * channels).view(np.uint8)
+            less = np.concatenate([np.full((len(rows), 1), 2, np.uint8), rows - np.vstack([above[None], rows[:-1]])], 1)
+            above = rows[-1]
+            if data := packer.compress(less.tobytes()):
+                _chunk(file, b"IDAT", data)
+        _chunk(file, b"IDAT", packer.flush())
+        _chunk(file, b"IEND", b"")
 
 
 def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
     file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))
 
 
-def write_tiff(file: BinaryIO, pixels: NDArray[Any], exif: bytes, profile: bytes) -> None:
+def write_tiff(path: Path, pixels: NDArray[Any], exif: bytes, profile: bytes) -> None:
     """Write (H, W, 1 to 4) uint8 or uint16 as TIFF 6.0: one strip, little-endian, deflated.
 
     Also for 8 bits: Pillow compresses through libtiff, to which it cannot hand the inner tables of an EXIF block.
@@ -92,5 +93,6 @@ def write_tiff(file: BinaryIO, pixels: NDArray[Any], exif: bytes, profile: bytes
     if profile:
         tags.tagtype[34675] = 7
         tags[34675] = profile
-    tags.save(file)  # which moves the strip's offset, 0, behind the tags
-    file.write(data)
+    with path.open("wb") as file:
+        tags.save(file)  # which moves the strip's offset, 0, behind the tags
+        file.write(data)

@@ -5,18 +5,17 @@ Pillow reads and writes all files. Where it would keep only the upper bytes of 1
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from saccade.core.errors import SaccadeError
+from saccade.core.files import fill_whole
 from saccade.learn.restoration import deep
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -150,7 +149,7 @@ def write_picture(path: Path, picture: Picture) -> None:
     tiff = suffix in (".tif", ".tiff")
     if tiff or picture.pixels.dtype == np.uint16:
         writer = deep.write_tiff if tiff else deep.write_png
-        write_file(path, lambda file: writer(file, pixels, picture.exif, picture.profile))
+        fill_whole(path, lambda part: writer(part, pixels, picture.exif, picture.profile))
         return
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     options: dict[str, Any] = {"exif": picture.exif} if picture.exif else {}
@@ -159,17 +158,4 @@ def write_picture(path: Path, picture: Picture) -> None:
     own: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": dict(lossless=True, exact=True),
                                       "JPEG": dict(quality=95, subsampling=0)}
     kind = {".png": "PNG", ".webp": "WEBP"}.get(suffix, "JPEG")
-    write_file(path, lambda file: image.save(file, kind, **own[kind], **options))
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place in one step; nothing is left of a failure."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    fill_whole(path, lambda part: image.save(part, kind, **own[kind], **options))

@@ -65,7 +65,7 @@ def spread(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
     """(H, W, C) with the colours of the visible pixels drawn over those that alpha (H, W) hides wholly.
 
     Halved again and again by the mean of what is visible, the picture fills what is hidden at each size from the next
-    smaller one (Gortler et al., "The Lumigraph", 1996, section 3.4: pull and push).
+    smaller one (Gortler et al., "The Lumigraph", 1996: pull and push).
     """
     hidden = alpha == 0
     if not hidden.any() or hidden.all():
