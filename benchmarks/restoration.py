@@ -1,10 +1,10 @@
 """A narrow network, trained in minutes on bundled pictures, beside the bicubic resize on pictures it never saw.
 
-    python -m benchmarks.restoration [--steps 1500] [--out runs/restoration]
+    python -m benchmarks.restoration [--steps 1100] [--out runs/restoration]
 
 Doubling: MATLAB's bicubic halves the pictures, the network doubles them. Trained on ten pictures of scikit-image,
 measured on five others; PSNR and SSIM on Y less two pixels of border. The folder receives weights.safetensors (for
-`saccade restore --model hat_nano_x2`), restored.json and details.png, details side by side. A full run writes its
+`saccade restore --model hat_nano_x2`), measured.json and details.png, details side by side. A full run writes its
 section of RESULTS.md.
 """
 
@@ -40,7 +40,7 @@ TRAINED_ON = ("astronaut", "brick", "coins", "grass", "gravel", "hubble_deep_fie
 HELD_OUT = ("camera", "chelsea", "coffee", "motorcycle", "text")
 DETAILS = {"camera": (190, 90), "chelsea": (120, 90), "coffee": (210, 60), "motorcycle": (330, 160)}  # left, top
 MODEL, SCALE, SIDE = "hat_nano_x2", 2, 96
-STEPS = 1500
+STEPS = 1100
 
 
 def picture(name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -121,7 +121,7 @@ def main() -> None:
         model = fit(lambda: create_model(MODEL), patches, recipe(options.steps), options.out, progress=show).cpu()
     seconds = time.perf_counter() - began
     rows = measure(model, options.out)
-    write_whole(options.out / "restored.json", json.dumps({"gain": gain(rows), "rows": rows}, indent=1))
+    write_whole(options.out / "measured.json", json.dumps({"gain": gain(rows), "rows": rows}, indent=1))
     watch.line(table(rows, options.steps, seconds))
     if options.steps == STEPS:
         write_section("restoration", "A narrow restoration network beside the bicubic resize",

@@ -86,7 +86,9 @@ def _restore_file(model: Network, source: Path, target: Path, job: Restoration, 
     height, width = picture.pixels.shape[:2]
     try:
         made = restore_picture(model, picture, job.tiles, lambda done, of: bar.at(number + done / of, source.name))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # the CPU's has no type
+            raise
         raise SaccadeError(f"{source}: not enough memory for {width}x{height} pixels; give a smaller --tile than "
                            f"{job.tiles.tile}, or cut the picture into parts") from error
     try:
@@ -168,6 +170,7 @@ def _claim(job: Restoration) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         there = mine
+    there = there if isinstance(there, dict) else {}
     different = [f"{key} is {there.get(key)} there and {mine[key]} here" for key in mine if there.get(key) != mine[key]]
     if different and not job.force:
         raise SaccadeError(f"{job.target} holds results made otherwise ({'; '.join(different)}): "

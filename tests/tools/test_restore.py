@@ -200,6 +200,25 @@ def test_bad_input_is_one_line(capsys, folder, weights, tmp_path):
     assert not out.exists()
 
 
+def test_a_network_that_cleans_in_tiles():
+    """Scale 1, windows of 64: three tiles a row, alpha as it was."""
+    torch.manual_seed(0)
+    model = create_model("maxim_s1", dim=8, depth=2).eval()
+    pixels = photograph(70, 190)
+    mask = photograph(70, 190, 1)[..., 0]
+    made = restore_picture(model, Picture(pixels, mask), Tiles(96, 32))
+    assert made.pixels.shape == pixels.shape and made.alpha is mask
+
+
+def test_too_little_memory_is_told(capsys, folder, weights, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+
+    monkeypatch.setattr("saccade.tools.restore.restore_picture", full)
+    code, _, error = run(capsys, *arguments(folder / "a.png", tmp_path / "x.png", weights))
+    assert code == 2 and "not enough memory for 56x40 pixels; give a smaller --tile than 32" in error
+
+
 @pytest.mark.slow
 def test_twelve_megapixels_within_four_gigabytes(tmp_path):
     """Read, enlarged fourfold to 192 megapixels with alpha, written; the network is one whose own memory is small."""

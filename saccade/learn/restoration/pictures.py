@@ -60,10 +60,8 @@ def read_picture(path: Path) -> Picture:
             return _picture(path, image)
     except SaccadeError as error:
         raise SaccadeError(f"{path}: {error}") from error
-    except MemoryError:
-        raise
     except Exception as error:  # decoders of broken files raise whatever they like
-        raise SaccadeError(f"{path}: {_reason(path, error)}") from error
+        raise SaccadeError(f"{path}: {_reason(error)}") from error
 
 
 def _picture(path: Path, image: ImageFile.ImageFile) -> Picture:
@@ -112,11 +110,13 @@ def _exif(image: Image.Image) -> bytes:
     return exif.tobytes() if len(exif) else b""
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, UnidentifiedImageError):
         return "not a PNG, JPEG, WebP or TIFF file, or broken from its start"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it; cut it into parts"
     message = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
     if isinstance(error, Image.DecompressionBombError):
         return f"too large ({message}); cut it into parts"
