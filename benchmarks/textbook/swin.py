@@ -19,7 +19,7 @@ def shifted_window(mixer: ShiftedWindow, x: Tensor) -> Tensor:
     q, k, v = mixer.qkv(x).view(-1, h * w, 3, mixer.heads, C // mixer.heads).permute(2, 0, 3, 1, 4)
     logits = q @ k.transpose(-2, -1) * (C // mixer.heads) ** -0.5 + mixer.bias()
     if shift:
-        mask = region_mask((rows * h, columns * w), mixer.window, shift, x.device)
+        mask = region_mask((rows * h, columns * w), mixer.window, (shift, shift), x.device)
         logits = (logits.unflatten(0, (B, -1)) + mask[:, None]).flatten(0, 1)
     x = mixer.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
     x = x.view(B, rows, columns, h, w, C).transpose(2, 3).reshape(B, rows * h, columns * w, C)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from saccade import Site, create_mixer, list_mixers, list_models
-from saccade.core.index import index, paper_module
+from saccade.core.index import index, is_backbone, paper_module
 
 _FILE = Path(__file__).parent / "exceptions.toml"
 EXCEPTIONS = tomllib.loads(_FILE.read_text(encoding="utf-8")).get("exception", [])
 MIXERS = list_mixers()
 # One narrow registered model of each builder stands for its family; the rest differ by numbers alone.
-NARROW = sorted(name for name in list_models() if "_nano" in name)
+NARROW = sorted(name for name in list_models() if "_nano" in name and is_backbone(name))
 GRIDS = [(7, 7), (8, 12), (5, 11), (1, 13), (16, 16)]
 
 
