@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.ops.blur import gaussian_blur
 
 # Eleven knots of a perceptually even scale: lightness rises steadily, so it reads in grey and for the colour-blind too.
 SCALE = ("000004", "160b39", "420a68", "6a176e", "932667", "bc3754", "dd513a", "f37819", "fca50a", "f6d746", "fcffa4")
@@ -106,8 +107,4 @@ def _blur(heat: Tensor) -> Tensor:
     radius = round(3 * deviation)
     if radius == 0:
         return heat
-    offsets = torch.arange(-radius, radius + 1, dtype=heat.dtype, device=heat.device)
-    kernel = torch.softmax(-(offsets**2) / (2 * deviation**2), dim=0)
-    heat = F.pad(heat[None, None], (radius,) * 4, mode="replicate")
-    heat = F.conv2d(heat, kernel.view(1, 1, 1, -1))
-    return F.conv2d(heat, kernel.view(1, 1, -1, 1))[0, 0]
+    return gaussian_blur(F.pad(heat[None, None], (radius,) * 4, mode="replicate"), deviation, radius)[0, 0]

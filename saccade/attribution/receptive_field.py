@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from saccade.attribution.classifier import evaluating
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
 
@@ -19,9 +20,8 @@ def effective_receptive_field(model: Backbone, images: Iterable[Tensor]) -> Tens
     `images` gives batches (B, C, H, W) of one size. Source: Ding et al., "Scaling Up Your Kernels to 31x31" (RepLKNet),
     2022, section 4.3, as used by Zhang et al., "Scaling Up Your Kernels", 2024. Raises SaccadeError for no image.
     """
-    training, total, count = model.training, None, 0
-    model.eval()
-    try:
+    total, count = None, 0
+    with evaluating(model):
         for batch in images:
             leaf = batch.detach().requires_grad_()
             last = model.features(leaf)[-1]
@@ -29,8 +29,6 @@ def effective_receptive_field(model: Backbone, images: Iterable[Tensor]) -> Tens
             (gradient,) = torch.autograd.grad(centre.relu().sum(), leaf)
             seen = gradient.relu().sum((0, 1))
             total, count = seen if total is None else total + seen, count + len(batch)
-    finally:
-        model.train(training)
     if total is None:
         raise SaccadeError("effective_receptive_field: there is no image; give at least one batch (B, C, H, W)")
     return total / count

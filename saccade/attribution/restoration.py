@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.attribution.classifier import evaluating
 from saccade.core.errors import SaccadeError
 from saccade.core.names import match_modules
+from saccade.ops.blur import gaussian_blur
 
 RADIUS = 4  # of the blur, pixels
 
@@ -51,17 +53,13 @@ def local_attribution(
     """
     if steps < 1 or not sigma > 0:
         raise SaccadeError(f"steps={steps}, sigma={sigma}: give 1 step or more and a sigma above 0")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         total = torch.zeros_like(image)
         for step in range(steps):
             before, middle, after = (blurred(image, sigma * (1 - (step + part) / steps)) for part in (0, 0.5, 1))
             leaf = middle.detach().requires_grad_()
             (slope,) = torch.autograd.grad(detail(model(leaf), patch).sum(), leaf)
             total += slope * (after - before)
-    finally:
-        model.train(training)
     return total
 
 
@@ -81,11 +79,7 @@ def blurred(image: Tensor, sigma: float) -> Tensor:
     """(B, C, H, W) under a Gaussian of 9 x 9 pixels, the borders repeated; a sigma of 0 leaves it."""
     if sigma < 1e-3:
         return image
-    away = torch.arange(-RADIUS, RADIUS + 1, dtype=image.dtype, device=image.device)
-    bell = torch.exp(-away.square() / (2 * sigma**2))
-    bell = bell / bell.sum()
-    planes = F.pad(image.flatten(0, 1)[:, None], (RADIUS,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(planes, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1)).view_as(image)
+    return gaussian_blur(F.pad(image, (RADIUS,) * 4, mode="replicate"), sigma, RADIUS)
 
 
 def diffusion_index(attribution: Tensor) -> Tensor:
@@ -128,13 +122,10 @@ def feature_intensity(model: nn.Module, image: Tensor, layers: str | None = None
         return see
 
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(image)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return curve

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from functools import partial
+
 from torch import Tensor
 
 from saccade.core.errors import SaccadeError
+from saccade.ops.blur import gaussian_blur
 
 RED, GREEN, BLUE = 65.481, 128.553, 24.966  # ITU-R BT.601, as MATLAB's rgb2ycbcr: black is 16, white 235
 
@@ -53,14 +54,7 @@ def quality(made: Tensor, truth: Tensor, border: int = 0) -> dict[str, float]:
 
 def similarity(ours: Tensor, theirs: Tensor) -> Tensor:
     """SSIM of levels (B, C, H, W) in [0, 255], the mean over all channels."""
-    away = torch.arange(11, dtype=ours.dtype, device=ours.device) - 5
-    bell = torch.exp(-away.square() / (2 * 1.5**2))
-    bell = bell / bell.sum()
-
-    def around(image: Tensor) -> Tensor:
-        planes = image.flatten(0, 1)[:, None]
-        return F.conv2d(F.conv2d(planes, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))
-
+    around = partial(gaussian_blur, deviation=1.5, radius=5)
     mean, other, c1, c2 = around(ours), around(theirs), (0.01 * 255) ** 2, (0.03 * 255) ** 2
     spread = around(ours.square()) - mean.square() + around(theirs.square()) - other.square()
     joint = around(ours * theirs) - mean * other
