@@ -23,7 +23,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.ops.window import pad_ends
 from saccade.parts.convolution import depthwise
-from saccade.parts.restoration.body import Restorer, same_conv
+from saccade.parts.restoration.body import Group, Restorer, same_conv
 from saccade.parts.restoration.transposed import GATED, TRANSPOSED, GatedConvolution, TransposedAttention
 
 CARD = Card(
@@ -92,13 +92,6 @@ class HybridBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Group(nn.Sequential):
-    """x + conv(blocks(x))."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 class DLGSANet(Restorer):
     """pixels(stem(image) + conv(groups(stem(image)))): one convolution makes all pixels of the larger picture."""
 
@@ -142,8 +135,7 @@ def dlgsanet(
         return [HybridBlock(dim, DynamicLocal(dim, kernel, shared), local_ratio),
                 HybridBlock(dim, TransposedAttention(dim, heads, f=torch.relu, tile=tile), global_ratio)]
 
-    body: list[nn.Module] = [Group(*(block for _ in range(depth) for block in pair()), same_conv(dim, dim))
-                             for _ in range(groups)]
+    body: list[nn.Module] = [Group([block for _ in range(depth) for block in pair()], dim) for _ in range(groups)]
     return DLGSANet(scale, dim, body, in_chans)
 
 
@@ -162,11 +154,11 @@ BLOCK: KeyMap = (
     *within(DYNAMIC, r"IDynamicDWConv\.conv\.", "mixer.dynamic."),
     *within(TRANSPOSED, r"restormer_attn\.", "mixer."),
     *within(GATED, r"(?:IDynamic|restormer)_ffn\.", "mlp."),
-    (r"(weight|bias)", r"\1"),
 )
 AUTHORS: KeyMap = (
     (r"overlap_embed\.0\.proj\.(.*)", r"stem.\1"),
-    *within(BLOCK, r"deep_feature_extraction\.(\d+)\.body\.(\d+)\.", r"groups.\1.\2."),
+    *within(BLOCK, r"deep_feature_extraction\.(\d+)\.body\.(\d+)\.", r"groups.\1.blocks.\2."),
+    (r"deep_feature_extraction\.(\d+)\.body\.\d+\.(weight|bias)", r"groups.\1.conv.\2"),
     (r"deep_feature_extraction\.\d+\.(weight|bias)", r"conv.\1"),
     (r"upsample\.(.*)", r"up.\1"),
 )

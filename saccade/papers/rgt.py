@@ -34,7 +34,7 @@ from saccade.parts.convolution import depthwise, grid_conv
 from saccade.parts.dynamic_bias import DYNAMIC_BIAS, DynamicBias
 from saccade.parts.mlp import Gelu
 from saccade.parts.pyramid import drop_path_rates
-from saccade.parts.restoration.body import SKELETON, SuperResolver, same_conv
+from saccade.parts.restoration.body import SKELETON, Group, SuperResolver
 from saccade.parts.tokens import strided_tokens, token_numbers
 from saccade.parts.window import masked, region_mask
 
@@ -214,17 +214,6 @@ class AdaptiveBlock(Block):
 
     def forward(self, x: Tensor, **optional: Any) -> Tensor:
         return torch.addcmul(super().forward(x, **optional), x, self.gamma)
-
-
-class Group(nn.Module):
-    """x + conv(blocks(x)): (B, H, W, C) -> the same."""
-
-    def __init__(self, blocks: list[nn.Module], dim: int) -> None:
-        super().__init__()
-        self.blocks, self.conv = nn.Sequential(*blocks), same_conv(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(self.blocks(x))
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -43,6 +43,17 @@ class Restorer(nn.Module):
         return out[..., :height * self.scale, :width * self.scale]
 
 
+class Group(nn.Module):
+    """x + conv(blocks(x)): (B, H, W, C) -> the same."""
+
+    def __init__(self, blocks: Sequence[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.blocks, self.conv = nn.Sequential(*blocks), same_conv(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.blocks(x))
+
+
 class SuperResolver(Restorer):
     """shallow = conv(image); last(up(before(conv(norm(groups(norm(shallow)))) + shallow))): groups on (B, H, W, C).
 
