@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
-from saccade.core.keymap import KeyMap, without_first_axis
+from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
 from saccade.ops.attend import affinity, attend
 from saccade.parts.attention import Attention
 from saccade.parts.host import HostBlock, Kept, gathered, packed
-from saccade.parts.plain import Plain
+from saccade.parts.plain import MMSEGMENTATION, Plain
 
 CARD = Card(
     "Dynamic Token Pruning in Plain Vision Transformers for Semantic Segmentation",
@@ -118,6 +118,16 @@ class Stage(NamedTuple):
     masks: Tensor
     classes: Tensor
 
+    @property
+    def scores(self) -> Tensor:
+        """(B, K, N) in (0, 1)."""
+        return certainty(self.masks, self.classes)
+
+
+def certainty(masks: Tensor, classes: Tensor) -> Tensor:
+    """softmax(classes)[present] sigmoid(masks): masks (B, K, N), classes (B, K, 2) -> (B, K, N)."""
+    return classes.softmax(-1)[..., :1] * masks.sigmoid()
+
 
 class DToP(nn.Module):
     """image (B, C, H, W) -> class scores (B, K, H, W) in (0, 1); in training a dict with every head's masks, classes.
@@ -156,8 +166,7 @@ class DToP(nn.Module):
             nothing = tokens.new_zeros(len(tokens), count, tokens.shape[-1])
             seen.append(Stage(self._write(nothing, tokens), masks, classes))
             if self.thresholds[place] < 1:
-                scores = classes.softmax(-1)[..., :1] * found.sigmoid()
-                index, real = packed(self.undecided(scores, self.thresholds[place]))
+                index, real = packed(self.undecided(certainty(found, classes), self.thresholds[place]))
                 tokens = gathered(tokens, index)
                 self.kept.choose(index, real=real)
         return seen
@@ -183,7 +192,7 @@ class DToP(nn.Module):
     def forward(self, image: Tensor) -> Tensor | dict[str, Tensor]:
         seen = self.run(image)
         grid = tuple(-(-side // self.trunk.stem.stride) for side in image.shape[2:])
-        scores = (seen[-1].classes.softmax(-1)[..., :1] * seen[-1].masks.sigmoid()).unflatten(-1, grid)
+        scores = seen[-1].scores.unflatten(-1, grid)
         out = F.interpolate(scores, size=image.shape[2:], mode="bilinear", align_corners=False)
         if not self.training:
             return out
@@ -249,14 +258,7 @@ def dtop(
 def authors(stages: int) -> KeyMap:
     """The authors' names, for so many heads: the last is called decode_head."""
     return (
-        (r"backbone\.cls_token", "trunk.prefix#0", without_first_axis),
-        (r"backbone\.pos_embed", "trunk.position"),
-        (r"backbone\.patch_embed\.projection\.(.*)", r"trunk.stem.proj.\1"),
-        (r"backbone\.layers\.(\d+)\.ln(\d)\.(.*)", r"trunk.blocks.\1.norm\2.\3"),
-        (r"backbone\.layers\.(\d+)\.attn\.attn\.in_proj_(.*)", r"trunk.blocks.\1.mixer.qkv.\2"),
-        (r"backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.(.*)", r"trunk.blocks.\1.mixer.proj.\2"),
-        (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)", r"trunk.blocks.\1.mlp.fc1.\2"),
-        (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.(.*)", r"trunk.blocks.\1.mlp.fc2.\2"),
+        *within(MMSEGMENTATION, r"backbone\.", "trunk."),
         *(rule for theirs, ours in ((r"auxiliary_head\.(\d+)\.", r"heads.\1."),
                                     (r"decode_head()\.", rf"heads.{stages - 1}."))
           for rule in (

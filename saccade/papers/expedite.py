@@ -139,7 +139,7 @@ class HourglassBlock(HostBlock):
             grid = self.grid(tokens.shape[1] - self.prefix, place)
             clusters = self.hourglass.shrink(tokens[:, self.prefix:].unflatten(1, grid))
             tokens = torch.cat([tokens[:, :self.prefix], clusters], 1)
-            numbers = self.kept.numbers.expand(1, -1)[:, :self.prefix]
+            numbers = self.kept.numbers[:, :self.prefix]
             self.kept.numbers = torch.cat([numbers, numbers.new_full((1, clusters.shape[1]), -1)], 1)
         tokens = self.add_mlp(self.add_attention(tokens))
         return self.grown(tokens) if self.ends else tokens

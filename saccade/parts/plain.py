@@ -207,6 +207,19 @@ DEIT_SIZES: dict[str, dict[str, Any]] = {
     size: dict(dim=64 * heads, depth=12, heads=heads) for size, heads in (("tiny", 3), ("small", 6), ("base", 12))
 }
 
+# The names that mmsegmentation gives them.
+MMSEGMENTATION: KeyMap = (
+    (r"cls_token", "prefix#0", without_first_axis),
+    (r"pos_embed", "position"),
+    (r"patch_embed\.projection\.(.*)", r"stem.proj.\1"),
+    (r"layers\.(\d+)\.ln(\d)\.(.*)", r"blocks.\1.norm\2.\3"),
+    (r"layers\.(\d+)\.attn\.attn\.in_proj_(.*)", r"blocks.\1.mixer.qkv.\2"),
+    (r"layers\.(\d+)\.attn\.attn\.out_proj\.(.*)", r"blocks.\1.mixer.proj.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)", r"blocks.\1.mlp.fc1.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.(.*)", r"blocks.\1.mlp.fc2.\2"),
+    (r"ln1\.(.*)", r"norm.\1"),
+)
+
 # The names that DeiT's authors, and timm, give the parameters of a Plain with a class token.
 DEIT: KeyMap = (
     (r"patch_embed\.proj\.(.*)", r"stem.proj.\1"),

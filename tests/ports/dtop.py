@@ -20,9 +20,9 @@ class AllStages(nn.Module):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         *others, last = self.model.run(image)
         grid = self.model.trunk.grid
-        scores = (last.classes.softmax(-1)[..., :1] * last.masks.sigmoid()).unflatten(-1, grid)
         maps = {f"feat{number}": stage for number, stage in enumerate(others)} | {"feat_last": last}
-        return {"pred": F.interpolate(scores, size=image.shape[2:], mode="bilinear"), "masks": last.masks} | {
+        scores = F.interpolate(last.scores.unflatten(-1, grid), size=image.shape[2:], mode="bilinear")
+        return {"pred": scores, "masks": last.masks} | {
             name: stage.features.mT.unflatten(-1, grid) for name, stage in maps.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,20 +12,9 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 from saccade import apply
 from saccade.core.keymap import KeyMap, within
 from saccade.papers.expedite import cluster, reconstruct
-from saccade.parts.plain import Plain
-from tests.ports.port import Port, key_map
+from saccade.parts.plain import MMSEGMENTATION, Plain
+from tests.ports.port import Function, Port, key_map
 
-MMSEG: KeyMap = (
-    (r"backbone\.cls_token", "host.prefix#0", lambda token: token[0]),
-    (r"backbone\.pos_embed", "host.position"),
-    (r"backbone\.patch_embed\.projection\.(.*)", r"host.stem.proj.\1"),
-    (r"backbone\.layers\.(\d+)\.ln(\d)\.(.*)", r"host.blocks.\1.norm\2.\3"),
-    (r"backbone\.layers\.(\d+)\.attn\.attn\.in_proj_(.*)", r"host.blocks.\1.mixer.qkv.\2"),
-    (r"backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.(.*)", r"host.blocks.\1.mixer.proj.\2"),
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)", r"host.blocks.\1.mlp.fc1.\2"),
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.(.*)", r"host.blocks.\1.mlp.fc2.\2"),
-    (r"backbone\.ln1\.(.*)", r"host.norm.\1"),
-)
 SAM: KeyMap = (
     (r"pos_embed", "pos_embed"),
     (r"patch_embed\.proj\.(.*)", r"patch_embed.projection.\1"),
@@ -35,24 +25,6 @@ SAM: KeyMap = (
     (r"neck\.2\.(.*)", r"neck.conv2.\1"),
     (r"neck\.3\.(.*)", r"neck.layer_norm2.\1"),
 )
-
-
-class Clusters(nn.Module):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.settings = settings
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cluster(x, **self.settings)
-
-
-class Tokens(nn.Module):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.settings = settings
-
-    def forward(self, before: Tensor, after: Tensor, x: Tensor) -> Tensor:
-        return reconstruct(x, before, after, **self.settings)
 
 
 class AfterTheNorm(nn.Module):
@@ -88,12 +60,13 @@ def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     match golden["source"]["object"]:
         case "TokenClusteringBlock":
-            module = Clusters(cells=tuple(args["num_spixels"]), rounds=args["n_iters"],
-                              temperature=args["temperture"], window=args["window_size"])
+            module = Function(partial(cluster, cells=tuple(args["num_spixels"]), rounds=args["n_iters"],
+                                      temperature=args["temperture"], window=args["window_size"]))
             return Port(module, key_map(()), lambda inputs: (inputs["x"].movedim(1, -1),),
                         lambda result: {"centroids": result})
         case "TokenReconstructionBlock":
-            return Port(Tokens(nearest=args["cfg"]["k"], temperature=args["cfg"]["temperture"]), key_map(()))
+            module = Function(partial(reconstruct, nearest=args["cfg"]["k"], temperature=args["cfg"]["temperture"]))
+            return Port(module, key_map(()), lambda inputs: (inputs["x"], inputs["before"], inputs["after"]))
         case "HourglassImageEncoderViT":
             return sam(args, golden["outputs"])
     return plain(args)
@@ -106,7 +79,7 @@ def plain(args: dict[str, Any]) -> Port:
     count = stage["num_spixels"]
     apply(host, "expedite", keep=count / host.position[0, 1:].shape[0], start=args["cluster_cfg"]["location"] + 1,
           rounds=stage["n_iters"], temperature=stage["temperture"], window=stage["window_size"], nearest=back["k"])
-    return Port(AfterTheNorm(host), key_map(MMSEG), outputs=lambda result: {
+    return Port(AfterTheNorm(host), key_map(within(MMSEGMENTATION, r"backbone\.", "host.")), outputs=lambda result: {
         "out": result[0].movedim(-1, 1), "recon": result[1].movedim(-1, 1)})
 
 

@@ -45,6 +45,17 @@ class Port:
     unused: int = 0
 
 
+class Function(nn.Module):
+    """A function without parameters as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
 def unused(golden: Golden, rules: KeyMap) -> int:
     """How many of a golden's parameters (not buffers) a key map drops."""
     parameters = {name for name, _, kind in golden["state"] if kind == "param"}

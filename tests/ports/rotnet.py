@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from saccade.papers.rotnet import AUTHORS, TAPS, rotations, rotnet_alexnet, rotnet_nin
 from saccade.tools.verify import find_taps
-from tests.ports.port import Port, key_map
-
-
-class Turned(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return rotations(images)
+from tests.ports.port import Function, Port, key_map
 
 
 def build(golden: dict) -> Port:
     source, args = golden["source"], golden["source"]["args"]
     if source["object"] == "rotate_img":
-        return Port(Turned(), key_map(()))
+        return Port(Function(rotations), key_map(()))
     if source["file"].endswith("AlexNet.py"):
         model = rotnet_alexnet(args["num_classes"])
     else:
