@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
+from saccade.ops.attend import attend
 
 CARD = Card(
     "Attention, Please! Revisiting Attentive Probing for Masked Image Modeling",
@@ -71,12 +71,11 @@ class SimPool(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         normed = self.norm(tokens)
-        query = self.q(tokens.mean(1, keepdim=True)) * tokens.shape[-1] ** -0.5
-        weights = (query @ self.k(normed).mT).softmax(-1)
+        query, key = self.q(tokens.mean(1, keepdim=True))[:, None], self.k(normed)[:, None]  # one head
         if self.gamma is None:
-            return (weights @ normed)[:, 0]
+            return attend(query, key, normed[:, None])[:, 0, 0]
         positive = normed - normed.amin() + 1e-6
-        return (weights @ positive**self.gamma)[:, 0] ** (1 / self.gamma)
+        return attend(query, key, (positive**self.gamma)[:, None])[:, 0, 0] ** (1 / self.gamma)
 
 
 class MeanQuery(nn.Module):
@@ -89,7 +88,7 @@ class MeanQuery(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for part in (self.norm(tokens.mean(1, keepdim=True)), self.norm(tokens), tokens))
-        return ((q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v).flatten(1)
+        return attend(q, k, v).flatten(1)
 
 
 class GatedPooling(nn.Module):
@@ -123,7 +122,7 @@ class QueryPooling(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.k(tokens), self.v(tokens)))
         q = self.query.view(self.heads, 1, -1).expand(len(tokens), -1, -1, -1)
-        return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        return attend(q, k, v).flatten(1)
 
 
 class MeanTokens(nn.Module):
