@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -36,27 +36,42 @@ def learn(model: nn.Module, images: Tensor) -> None:
     model(images).float().square().mean().backward()
 
 
-def rows(name: str, batch: int, rounds: int) -> list[str]:
+class Row(NamedTuple):
+    """One model and pass: milliseconds, and ratios ours / timm's."""
+
+    model: str
+    kind: str
+    ours: float
+    theirs: float
+    time: float
+    memory: float
+
+    def __str__(self) -> str:
+        return (f"| {self.model} | {self.kind} | {self.ours:.2f} | {self.theirs:.2f} | {self.time:.2f} | "
+                f"{self.memory:.2f} |")
+
+
+def rows(name: str, batch: int, rounds: int) -> list[Row]:
     ours, theirs, _ = pair(name)
     models = {"ours": ours, "theirs": theirs}
     for model in models.values():
         model.to("cuda", torch.bfloat16)
     images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    lines = []
+    found = []
     for kind, step in {"inference": infer, "training": learn}.items():
         calls: dict[str, Callable[[], Any]] = {who: partial(step, model, images) for who, model in models.items()}
         seconds = race(calls, rounds=rounds, warmup=3)
         ratio = median(a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
         memory = peak_memory(calls["ours"]) / peak_memory(calls["theirs"])
         ms = {who: 1e3 * median(times) for who, times in seconds.items()}
-        lines.append(f"| {name} | {kind} | {ms['ours']:.2f} | {ms['theirs']:.2f} | {ratio:.2f} | {memory:.2f} |")
-        print(lines[-1], flush=True)
-    return lines
+        found.append(Row(name, kind, ms["ours"], ms["theirs"], ratio, memory))
+        print(found[-1], flush=True)
+    return found
 
 
-def mean(lines: list[str], kind: str) -> str:
-    chosen = [line.split("|") for line in lines if f"| {kind} |" in line]
-    time, memory = (geometric_mean(float(cells[place]) for cells in chosen) for place in (5, 6))
+def mean(found: list[Row], kind: str) -> str:
+    chosen = [row for row in found if row.kind == kind]
+    time, memory = (geometric_mean(ratios) for ratios in zip(*((row.time, row.memory) for row in chosen), strict=True))
     return f"| geometric mean of {len(chosen)} | {kind} | | | **{time:.2f}** | **{memory:.2f}** |"
 
 
@@ -69,10 +84,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU here")
-    lines: list[str] = []
+    found: list[Row] = []
     for name in names_of_both(options.models, options.largest, 224):
         try:
-            lines += rows(name, options.batch, options.rounds)
+            found += rows(name, options.batch, options.rounds)
         except (SaccadeError, RuntimeError) as reason:
             print(f"left out: {name}: {reason}", file=sys.stderr)
     write_section("backbones on a GPU", "\n".join([
@@ -82,7 +97,7 @@ def main() -> None:
         "alternating rounds. Ratios are ours / timm's (smaller is better), time the median of the rounds' ratios, "
         "memory the peak above model and input.", "",
         "| model | pass | ours ms | timm ms | time ratio | memory ratio |", "|---|---|--:|--:|--:|--:|",
-        *lines, *(mean(lines, kind) for kind in ("inference", "training")),
+        *map(str, found), *(mean(found, kind) for kind in ("inference", "training")),
     ]))
 
 

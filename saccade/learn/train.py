@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from saccade.core.errors import SaccadeError
-from saccade.core.files import fill_whole
+from saccade.core.files import fill_whole, write_whole
 from saccade.core.optional import optional
 from saccade.learn.reproducible import claim, describe, reproducible, seed_of, tensors
 from saccade.learn.transforms import Squares, normalise, training_transform
@@ -109,7 +109,7 @@ def fit(
             state = _train(runner, model, images, recipe, folder / "last.ckpt", progress)
             fill_whole(weights, lambda path: save_file(tensors(model), path))
             written = json.dumps({"seconds": state["seconds"], "curves": state["curves"]}, indent=1)
-            fill_whole(curves, lambda path: path.write_text(written))
+            write_whole(curves, written)
     (folder / "last.ckpt").unlink(missing_ok=True)
     model.load_state_dict(load_file(weights))
     return Fitted(model.to(runner.device).eval(), **json.loads(curves.read_text()))

@@ -20,7 +20,8 @@ from saccade.core.errors import SaccadeError
 from saccade.core.files import sha256_of, write_whole
 from saccade.core.index import index, model_paper, paper_module, resolve_model
 from saccade.core.load import load
-from saccade.learn.restoration.pictures import SUFFIXES, check_holds, read_picture, write_picture
+from saccade.learn.restoration.patches import pictures_in
+from saccade.learn.restoration.pictures import check_holds, read_picture, write_picture
 from saccade.learn.restoration.restore import Tiles, restore_picture
 from saccade.learn.restoration.tiling import Network, check_tiles
 from saccade.tools.watch import Bar, Watch
@@ -146,10 +147,8 @@ def _pairs(job: Restoration) -> list[tuple[Path, Path]]:
         if target.resolve() == source.resolve() or (target.exists() and not target.is_dir()):
             raise SaccadeError(f"{target}: the results of a folder need another folder of their own")
         inside = target.resolve()
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-                       and not path.name.startswith(".") and inside not in path.resolve().parents)
-        if not files:
-            raise SaccadeError(f"{source} holds no picture; these are read: {', '.join(SUFFIXES)}")
+        files = pictures_in(source, lambda path: path.is_file() and not path.name.startswith(".")
+                            and inside not in path.resolve().parents)
         return [(path, target / path.relative_to(source)) for path in files]
     if target.is_dir():
         target = target / source.name

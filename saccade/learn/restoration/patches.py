@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -87,9 +87,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         return str(source) if isinstance(source, Path) else f"picture {which}"
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """All pictures in a folder and its sub-folders, sorted; raises SaccadeError where there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+def pictures_in(folder: Path, choose: Callable[[Path], bool] = Path.is_file) -> list[Path]:
+    """The pictures in a folder and its sub-folders, sorted, that `choose` takes; raises SaccadeError where none is."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and choose(path))
     if not found:
         raise SaccadeError(f"{folder} holds no picture; these are read: {', '.join(SUFFIXES)}")
     return found
