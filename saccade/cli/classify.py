@@ -1,0 +1,108 @@
+"""`saccade compare`, `train`, `eval`, `predict`: classifiers on one's own pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saccade.cli.shared import Data, Json, Strict, app, console, print_json
+
+
+@app.command()
+def compare(
+    data: Data = "tiles",
+    models: Annotated[str, typer.Option(help="Names, timm:NAME or file.py:function, with commas between.")] =
+        "swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano",
+    img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
+    epochs: Annotated[int | None, typer.Option(help="Epochs for each.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time for all, as in 90s, 10m, 1h, instead of epochs.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each contestant.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for results, report and weights.")] = None,
+    mixers: Annotated[str, typer.Option(help="Every model also with each of these mixers, with commas between.")] = "",
+    start: Annotated[str | None, typer.Option(help="scratch, finetune or probe.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    strict: Strict = False,
+) -> None:
+    """Which of several models is best for a set of images, at which cost."""
+    from saccade.tools.compare import Contest
+    from saccade.tools.compare import compare as run
+
+    run(Contest(data=data, models=_names(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
+                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@app.command()
+def train(
+    data: Data,
+    model: Annotated[str, typer.Option(help="Registered model.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights, metrics and settings; the same command resumes.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (the head anew).")] = None,
+    epochs: Annotated[int, typer.Option()] = 20,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
+    drop_path_rate: Annotated[float, typer.Option()] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    strict: Strict = False,
+) -> None:
+    """Train one model on a set of images."""
+    from saccade.learn import runs
+    from saccade.learn.train import Progress, Recipe
+    from saccade.tools.watch import Watch
+
+    watch = Watch()
+    recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, img_size=img_size, seed=seed,
+                    drop_path_rate=drop_path_rate)
+    with watch.bar(f"training {model}", epochs) as bar:
+        def show(now: Progress) -> None:
+            bar.at(now.epoch + now.step / now.steps, f"{model} epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}")
+        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, progress=show)
+    for note in found["data"]["notes"]:
+        watch.line(f"note: {note}")
+    watch.line(f"{model}: validation {found['val']['accuracy']:.1%}, test {found['test']['accuracy']:.1%}; in {out}")
+
+
+@app.command("eval")
+def evaluate(
+    data: Data,
+    checkpoint: Annotated[Path, typer.Option(help="A folder that `saccade train` made.")],
+    part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    as_json: Json = False,
+    strict: Strict = False,
+) -> None:
+    """Accuracy, balanced accuracy and macro-F1 of a trained model."""
+    from saccade.learn import runs
+
+    found = runs.evaluate(checkpoint, data, part, strict=strict)
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        console.print(f"{name.replace('_', ' ')}: {value:.1%}")
+
+
+@app.command()
+def predict(
+    pictures: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Annotated[Path, typer.Option(help="A folder that `saccade train` made.")],
+    top: Annotated[int, typer.Option(help="Classes to show.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Classes of pictures, with probabilities."""
+    from saccade.learn import runs
+
+    found = runs.predict(checkpoint, pictures, top)
+    if as_json:
+        print_json(found)
+        return
+    for entry in found:
+        ranked = ", ".join(f"{each['class']} {each['probability']:.1%}" for each in entry["classes"])
+        console.print(f"{entry['path']}: {ranked}", markup=False)

@@ -1,0 +1,46 @@
+"""What all commands share: the application, the console, options, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import saccade
+
+app = typer.Typer(
+    help="Vision backbones and attention, checked against their authors' code.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Data = Annotated[
+    str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles or digits.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error instead of skipped.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        console.print(f"saccade {saccade.__version__}")
+        raise typer.Exit
+
+
+def table(*columns: str) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(column, no_wrap=True)
+    return shown
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))

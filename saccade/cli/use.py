@@ -1,0 +1,111 @@
+"""`saccade restore`, `verify`, `export`, `bench`: what is done with models that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import saccade
+from saccade.cli.shared import Json, app, console, print_json, table
+from saccade.core.errors import SaccadeError
+from saccade.core.index import index, paper_module, resolve_model
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="A picture (PNG, JPEG, WebP, TIFF), or a folder of them.")],
+    target: Annotated[Path, typer.Argument(help="The file or folder to write; the same command resumes a folder.")],
+    model: Annotated[str, typer.Option(help="Registered model of restoration, as in hat_x4.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights: the authors' file, or ours.")],
+    tile: Annotated[int, typer.Option(help="Side of the squares that the network sees, pixels.")] = 256,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring squares share.")] = 32,
+    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Mean over its eight turns.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Enlarge or clean pictures, of any size; depth, alpha, EXIF and colour profile are kept."""
+    from saccade.learn.restoration.restore import Tiles
+    from saccade.tools.restore import Restoration
+    from saccade.tools.restore import restore as run
+    from saccade.tools.watch import Watch
+
+    run(Restoration(source, target, model, checkpoint, Tiles(tile, overlap, self_ensemble), force), Watch())
+
+
+@app.command()
+def verify(
+    goldens: Annotated[list[Path], typer.Argument(help="Goldens of whole models (JSON).")], as_json: Json = False
+) -> None:
+    """Are our models equal to their authors'? Exit code 1 where one is not."""
+    from saccade.tools.verify import Verdict
+    from saccade.tools.verify import verify as check
+
+    verdicts: list[Verdict] = []
+    for golden in goldens:
+        with console.status(f"verifying {golden.stem}"):
+            verdicts += check(golden)
+    if as_json:
+        print_json([{**vars(verdict), "passed": verdict.passed} for verdict in verdicts])
+    else:
+        shown = table("golden", "what", "error", "tolerance", "")
+        for verdict in verdicts:
+            mark = "[green]pass[/]" if verdict.passed else "[red]FAIL[/]"
+            shown.add_row(verdict.golden, verdict.what, f"{verdict.error:.1e}", f"{verdict.tolerance:g}", mark)
+        console.print(shown)
+    if not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(help="A model's name, or a folder that `saccade train` made.")],
+    onnx: Annotated[Path, typer.Option(help="The file to write.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights for a model's name.")] = None,
+    size: Annotated[int, typer.Option(help="Image side in pixels; 0: the model's own.")] = 0,
+) -> None:
+    """An ONNX file with free batch and image sizes, checked against onnxruntime at two sizes."""
+    from saccade.tools.export import export_onnx
+
+    if Path(what).is_dir():
+        from saccade.learn.runs import open_run
+
+        run = open_run(Path(what))
+        model, side = run.model, size or run.img_size
+    else:
+        model = saccade.create_model(what, checkpoint_path=checkpoint)
+        settings = paper_module(index()["models"][resolve_model(what)]).SIZES[resolve_model(what)]
+        side = size or settings.get("img_size", 224)
+    with console.status(f"exporting {what}"):
+        found = export_onnx(model, onnx, side)
+    differences = ", ".join(f"{name} differs by {value:.0e}" for name, value in found.items())
+    console.print(f"{onnx}: {differences}", markup=False)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str], typer.Argument(help="Models.")],
+    against: Annotated[str | None, typer.Option(help="timm: race each against timm's with the same weights.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8",
+    size: Annotated[int, typer.Option(help="Image side, pixels.")] = 224,
+    threads: Annotated[int, typer.Option()] = 1,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds; the median counts.")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Time and peak memory of models, alternating within one process."""
+    from saccade.tools import bench as tool
+    from saccade.tools.watch import Watch
+
+    if not all(part.strip().isdigit() for part in batch.split(",")):
+        raise SaccadeError(f"--batch {batch}: give numbers with commas between, as in 1,8")
+    watch = Watch(Console(stderr=True))
+    with watch.bar("measuring", rounds) as bar:
+        def show(text: str, done: int, total: int) -> None:
+            bar.at(done * rounds / total, text)
+        rows = tool.bench(names, against=against, batch=[int(part) for part in batch.split(",")], size=size,
+                          threads=threads, rounds=rounds, progress=show)
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(tool.table(rows))
