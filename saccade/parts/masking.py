@@ -1,0 +1,92 @@
+"""What masked pre-training asks of a host: its maps, and its tokens where only those that are seen are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+from saccade.parts.attention import Attention
+from saccade.parts.host import blocks_of, gathered
+from saccade.parts.plain import Plain, TokenBlock
+
+
+def maps_of(model: Any, image: Tensor) -> list[Tensor]:
+    """The maps (B, C_i, *grid_i) after each stage of a pyramid, ours or timm's, each of another stride."""
+    if hasattr(model, "features"):
+        return list(model.features(image))
+    return list(model.forward_intermediates(image, indices=stages_of(model), intermediates_only=True))
+
+
+def stages_of(model: Any) -> list[int]:
+    """The numbers of a host's maps that a pyramid is made of: strides of 4 or more, the last map of each stride."""
+    strides = [entry["reduction"] for entry in model.feature_info]
+    return [number for number, stride in enumerate(strides) if stride >= 4 and stride not in strides[number + 1:]]
+
+
+def pyramid_of(model: Any, method: str) -> tuple[list[int], list[int]]:
+    """Channels and strides of a host's maps; raises where the host is no pyramid whose strides double."""
+    gives_maps = hasattr(model, "features") or hasattr(model, "forward_intermediates")
+    info = [model.feature_info[number] for number in stages_of(model)] if hasattr(model, "feature_info") else []
+    strides = [int(entry["reduction"]) for entry in info]
+    if not gives_maps or len(strides) < 2 or any(2 * a != b for a, b in zip(strides, strides[1:], strict=False)):
+        raise SaccadeError(f"{method} needs a pyramid with maps of doubling strides (ours or timm's ResNet, ConvNeXt); "
+                           f"{type(model).__name__} has the strides {strides or 'none'}")
+    return [int(entry["num_chs"]) for entry in info], strides
+
+
+class Visible(nn.Module):
+    """The tokens of a plain host, ours or timm's, of which its blocks are given some.
+
+    `host` is a stack of softmax attention, which takes tokens as a set. Raises SaccadeError for any other.
+    """
+
+    def __init__(self, host: nn.Module, method: str) -> None:
+        super().__init__()
+        self.host: Any = host
+        self.ours = isinstance(host, Plain)
+        for number, block in enumerate(blocks_of(host, method)):
+            if self.ours and not (type(block) is TokenBlock and type(block.mixer) is Attention
+                                  and block.position is None):
+                inside = type(getattr(block, "mixer", block)).__name__
+                raise SaccadeError(f"{method} shows a host some of its tokens, without their grid, and blocks.{number} "
+                                   f"of {type(host).__name__} mixes by {inside}: choose a ViT or DeiT")
+        if not self.ours and not hasattr(host, "_pos_embed"):
+            raise SaccadeError(f"{method} needs a plain vision transformer, ours or timm's; {type(host).__name__} is "
+                               "none")
+
+    @property
+    def prefix(self) -> int:
+        return int(self.host.prefix_count if self.ours else self.host.num_prefix_tokens)
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch, in pixels."""
+        if self.ours:
+            return int(self.host.feature_info[0]["reduction"])
+        return int(self.host.patch_embed.patch_size[0])
+
+    @property
+    def dim(self) -> int:
+        return int(self.host.num_features)
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The sequence (B, P + N, C) that enters the first block, with its positions, and the grid of the N."""
+        if self.ours:
+            return self.host.tokens(image)
+        grid = tuple(side // self.patch for side in image.shape[2:])
+        return self.host.norm_pre(self.host._pos_embed(self.host.patch_embed(image))), grid
+
+    def blocks(self, tokens: Tensor) -> Tensor:
+        """What leaves the last block and the norm, for any subset of the tokens."""
+        for block in self.host.blocks:
+            tokens = block(tokens, self.prefix, ()) if self.ours else block(tokens)
+        return self.host.norm(tokens)
+
+    def forward(self, image: Tensor, seen: Tensor) -> Tensor:
+        """(B, P + M, C) of the M patches of each image whose numbers are `seen` (B, M); the rest is not computed."""
+        tokens, _ = self.tokens(image)
+        always = torch.arange(self.prefix, device=seen.device).expand(len(seen), -1)
+        return self.blocks(gathered(tokens, torch.cat([always, seen + self.prefix], 1)))
