@@ -71,16 +71,28 @@ def sparse(model: nn.Module, active: Tensor, noise: float = 0.0) -> Iterator[Non
     Convolutions, poolings and global responses read zeros there, batch norms in training count the active places alone.
     What lies at the other places is not defined; `noise` puts noise there, so that a leak is seen.
     """
-    cache: dict[tuple[int, ...], Tensor] = {}
+    masks: dict[tuple[int, ...], Tensor] = {}
+    numbers: dict[tuple[int, ...], Tensor] = {}
 
-    def at(grid: torch.Size) -> Tensor:
-        if tuple(grid) not in cache:
-            cache[tuple(grid)] = spread(active, tuple(grid))
-        return cache[tuple(grid)]
+    def at(grid: tuple[int, ...]) -> Tensor:
+        if grid not in masks:
+            masks[grid] = spread(active, grid)
+        return masks[grid]
+
+    def rows(grid: tuple[int, ...]) -> Tensor:
+        """Numbers of the active places among all (B x grid)."""
+        if grid not in numbers:
+            numbers[grid] = at(grid).flatten().nonzero()[:, 0]
+        return numbers[grid]
+
+    def as_rows(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """All places (B, *grid, C), and their grid."""
+        last = x if isinstance(module, _ON_GRID) else x.movedim(1, -1)
+        return last, tuple(last.shape[1:-1])
 
     def mask_for(module: nn.Module, x: Tensor) -> Tensor:
         """(B, *grid, 1) or (B, 1, *grid)."""
-        return at(x.shape[1:-1])[..., None] if isinstance(module, _ON_GRID) else at(x.shape[2:])[:, None]
+        return at(tuple(x.shape[1:-1]))[..., None] if isinstance(module, _ON_GRID) else at(tuple(x.shape[2:]))[:, None]
 
     def hide(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return inputs[0] * mask_for(module, inputs[0]), *inputs[1:]
@@ -88,23 +100,19 @@ def sparse(model: nn.Module, active: Tensor, noise: float = 0.0) -> Iterator[Non
     def disturb(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return torch.where(mask_for(module, output), output, noise * torch.randn_like(output))
 
-    def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if isinstance(module, _ON_GRID):
-            return (inputs[0][at(inputs[0].shape[1:-1])],)
-        rows = inputs[0].movedim(1, -1)[at(inputs[0].shape[2:])]
-        return (rows.view(*rows.shape, *[1] * (inputs[0].ndim - 2)),)
-
-    def scatter(shapes: list[torch.Size]) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    def part(shapes: list[torch.Size]) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+        """Hooks that show a norm the active places alone, and put what it gives back among zeros."""
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            shapes.append(inputs[0].shape)
-            return gather(module, inputs)
+            x, grid = as_rows(module, inputs[0])
+            shapes.append(x.shape)
+            seen = x.flatten(0, -2).index_select(0, rows(grid))
+            return (seen if isinstance(module, _ON_GRID) else seen.view(*seen.shape, *[1] * len(grid)),)
 
         def after(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             shape = shapes.pop()
-            if isinstance(module, _ON_GRID):
-                return output.new_zeros(shape).index_put(at(shape[1:-1]).nonzero(as_tuple=True), output)
-            whole = output.new_zeros(shape[0], *shape[2:], shape[1])
-            return whole.index_put(at(shape[2:]).nonzero(as_tuple=True), output.flatten(1)).movedim(-1, 1)
+            blank = output.new_zeros(shape).flatten(0, -2)
+            whole = blank.index_copy(0, rows(tuple(shape[1:-1])), output.flatten(1)).view(shape)
+            return whole if isinstance(module, _ON_GRID) else whole.movedim(-1, 1)
 
         return before, after
 
@@ -114,7 +122,7 @@ def sparse(model: nn.Module, active: Tensor, noise: float = 0.0) -> Iterator[Non
         if wide or isinstance(module, (*_POOLS, AveragePool, GlobalResponse)):
             handles.append(module.register_forward_pre_hook(hide))
         elif isinstance(module, _NORMS) and module.training:
-            before, after = scatter([])
+            before, after = part([])
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         if noise and isinstance(module, _CONVOLUTIONS):
             handles.append(module.register_forward_hook(disturb))
