@@ -28,9 +28,17 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.parts.convolution import GRID_CONVOLUTIONS, AveragePool
-from saccade.parts.masking import maps_of, pyramid_of
+from saccade.parts.masking import maps_of, pyramid_of, spread
 from saccade.parts.norm import BatchNorm, GlobalResponse
-from saccade.parts.pixels import image_of, normalised, patches_of, random_mask
+from saccade.parts.pixels import (
+    check_ratio,
+    denormalised,
+    image_of,
+    normalised,
+    patches_of,
+    random_mask,
+    whole_patches,
+)
 
 CARD = Card(
     "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
@@ -52,16 +60,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _ON_GRID = (*GRID_CONVOLUTIONS.values(), BatchNorm, AveragePool, GlobalResponse)  # channels last
-
-
-def spread(active: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """A mask (B, *coarse) at a finer grid, (B, *grid), each place repeated."""
-    for axis, (coarse, fine) in enumerate(zip(active.shape[1:], grid, strict=True), 1):
-        if fine % coarse:
-            raise SaccadeError(f"a map of {tuple(grid)} places does not lie on a mask of {tuple(active.shape[1:])}: "
-                               "give pictures whose sides are multiples of the last stride")
-        active = active.repeat_interleave(fine // coarse, axis)
-    return active
 
 
 @contextmanager
@@ -176,10 +174,8 @@ class SparK(nn.Module):
 
     def __init__(self, model: nn.Module, ratio: float = 0.6, width: int = 512, norm: str | None = None) -> None:
         super().__init__()
-        if not 0 < ratio < 1:
-            raise SaccadeError(f"ratio={ratio}: the share of patches to hide lies between 0 and 1")
         dims, strides = pyramid_of(model, "spark")
-        self.model, self.ratio, self.stride = model, ratio, strides[-1]
+        self.model, self.ratio, self.stride = model, check_ratio("spark", ratio), strides[-1]
         doublings = self.stride.bit_length() - 1
         if width % 2**doublings:
             raise SaccadeError(f"width={width} cannot be halved {doublings} times: give a multiple of {2**doublings}")
@@ -237,10 +233,7 @@ class SparK(nn.Module):
 
     def draw(self, image: Tensor) -> Tensor:
         """Which patches are seen, (B, H / stride, W / stride) bool: as many in each picture."""
-        grid = [side // self.stride for side in image.shape[2:]]
-        if any(side % self.stride for side in image.shape[2:]) or min(grid) < 1:
-            raise SaccadeError(f"spark: a picture of {tuple(image.shape[2:])} pixels is no whole number of patches of "
-                               f"{self.stride}: choose multiples")
+        grid = whole_patches("spark", image, self.stride)
         return ~random_mask(len(image), grid[0] * grid[1], self.ratio, image.device).unflatten(1, grid)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -255,9 +248,8 @@ class SparK(nn.Module):
     def painted(self, image: Tensor, guess: Tensor, active: Tensor) -> Tensor:
         """The guess at hidden patches, with the mean and spread of the true ones, the image elsewhere."""
         pixels = patches_of(image, self.stride)
-        spreads = (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-        painted = patches_of(guess, self.stride) * spreads + pixels.mean(-1, keepdim=True)
-        whole = torch.where(active.flatten(1)[..., None], pixels, painted)
+        filled = denormalised(patches_of(guess, self.stride), pixels)
+        whole = torch.where(active.flatten(1)[..., None], pixels, filled)
         return image_of(whole, self.stride, tuple(active.shape[1:]))
 
 

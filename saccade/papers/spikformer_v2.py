@@ -37,7 +37,7 @@ from saccade.parts.attention import Attention, check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import grid_conv
 from saccade.parts.norm import BatchNorm
-from saccade.parts.pixels import image_of, normalised, patches_of, random_mask
+from saccade.parts.pixels import check_ratio, image_of, normalised, patches_of, random_mask
 from saccade.parts.plain import Plain, TokenBlock
 from saccade.parts.stem import pad_image
 from saccade.parts.tokens import global_tokens
@@ -284,9 +284,8 @@ class MaskedSpikes(nn.Module):
 
     def __init__(self, model: Spikformer, ratio: float = 0.5, dim: int = 256, depth: int = 2, heads: int = 8) -> None:
         super().__init__()
-        if not 0 < ratio < 1:
-            raise SaccadeError(f"ratio={ratio}: the share of patches to mask lies between 0 and 1")
-        self.model, self.ratio, self.patch = model, ratio, model.feature_info[0]["reduction"]
+        self.model, self.ratio = model, check_ratio("spikformer_v2", ratio)
+        self.patch = model.feature_info[0]["reduction"]
         self.embed = nn.Linear(model.num_features, dim)
         self.missing = nn.Parameter(torch.randn(dim) * 0.02)
         self.position = nn.Parameter(torch.randn(torch.Size(model.grid).numel(), dim) * 0.02)

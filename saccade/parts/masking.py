@@ -11,6 +11,7 @@ from saccade.core.errors import SaccadeError
 from saccade.parts.attention import Attention
 from saccade.parts.host import blocks_of, gathered
 from saccade.parts.plain import Plain, TokenBlock
+from saccade.parts.pyramid import Pyramid
 
 
 def maps_of(model: Any, image: Tensor) -> list[Tensor]:
@@ -69,6 +70,10 @@ class Visible(nn.Module):
         return int(self.host.patch_embed.patch_size[0])
 
     @property
+    def in_chans(self) -> int:
+        return int(self.host.in_chans if self.ours else self.host.patch_embed.proj.in_channels)
+
+    @property
     def dim(self) -> int:
         return int(self.host.num_features)
 
@@ -90,3 +95,66 @@ class Visible(nn.Module):
         tokens, _ = self.tokens(image)
         always = torch.arange(self.prefix, device=seen.device).expand(len(seen), -1)
         return self.blocks(gathered(tokens, torch.cat([always, seen + self.prefix], 1)))
+
+
+
+def spread(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A mask (B, *coarse) at a finer grid, (B, *grid), each place repeated."""
+    for axis, (coarse, fine) in enumerate(zip(mask.shape[1:], grid, strict=True), 1):
+        if fine % coarse:
+            raise SaccadeError(f"a map of {tuple(grid)} places does not lie on a mask of {tuple(mask.shape[1:])}: "
+                               "give pictures whose sides are multiples of the last stride")
+        mask = mask.repeat_interleave(fine // coarse, axis)
+    return mask
+
+
+class Covered(nn.Module):
+    """A host whose embedded patches give way to a learned token where they are hidden.
+
+    (B, C, *size), `hidden` (B, *coarse) bool -> the last map (B, C', *grid). The host computes the whole picture, so
+    that any will do whose stem gives tokens: Pyramids and Plains of ours, timm's ViT and Swin. Raises SaccadeError for
+    any other.
+    """
+
+    def __init__(self, host: nn.Module, method: str) -> None:
+        super().__init__()
+        self.ours = isinstance(host, (Pyramid, Plain))
+        if not (self.ours or hasattr(getattr(host, "patch_embed", None), "proj")):
+            raise SaccadeError(f"{method} hides embedded patches, and {type(host).__name__} has no stem that gives "
+                               "them: choose a Pyramid or Plain of ours, or timm's ViT or Swin")
+        self.host: Any = host
+        strides = [int(entry["reduction"]) for entry in self.host.feature_info]
+        self.first_stride, self.stride = strides[0], strides[-1]
+        self.in_chans = int(self.host.in_chans if self.ours else self.host.patch_embed.proj.in_channels)
+        self.dim = int(self.host.num_features)
+        self.missing = nn.Parameter(torch.randn(self._width()) * 0.02)
+
+    @torch.no_grad()
+    def _width(self) -> int:
+        if not self.ours:
+            return int(self.host.patch_embed.proj.out_channels)
+        rank = len(self.host.grid) if hasattr(self.host, "grid") else 2
+        like = next(self.host.stem.parameters())
+        return int(self.host.stem(like.new_zeros(1, self.in_chans, *[2 * self.stride] * rank)).shape[-1])
+
+    def forward(self, image: Tensor, hidden: Tensor) -> Tensor:
+        def cover(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
+            grid = tuple(tokens.shape[1:-1])
+            if tokens.ndim == 3 and image.ndim == 4:  # timm's ViT flattens them
+                grid = tuple(side // self.first_stride for side in image.shape[2:])
+            mask = spread(hidden, grid).view(*tokens.shape[:-1], 1)
+            return torch.where(mask, self.missing.to(tokens.dtype), tokens)
+
+        # Stems of overlapping convolutions would see hidden pixels from beside them: these are blank.
+        image = image.masked_fill(spread(hidden, tuple(image.shape[2:]))[:, None], 0.0)
+        handle = (self.host.stem if self.ours else self.host.patch_embed).register_forward_hook(cover)
+        try:
+            found: Tensor = self.host.forward_features(image)
+        finally:
+            handle.remove()
+        if isinstance(self.host, Pyramid):
+            return found
+        if found.ndim == 3:
+            prefix = self.host.prefix_count if self.ours else self.host.num_prefix_tokens
+            return found[:, prefix:].transpose(1, 2).unflatten(2, [-(-side // self.stride) for side in image.shape[2:]])
+        return found.movedim(-1, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.core.errors import SaccadeError
+
 
 def patches_of(image: Tensor, patch: int) -> Tensor:
     """(B, C, *size) -> (B, N, C patch^n), for sides that are multiples of `patch`."""
@@ -30,11 +32,37 @@ def normalised(patches: Tensor) -> Tensor:
 
     (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022, section 3.)
     """
-    spread = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - patches.mean(-1, keepdim=True)) / spread
+    mean, spread = _mean_and_spread(patches)
+    return (patches - mean) / spread
+
+
+def denormalised(guess: Tensor, patches: Tensor) -> Tensor:
+    """Undo `normalised`, with the means and spreads of the true `patches`."""
+    mean, spread = _mean_and_spread(patches)
+    return guess * spread + mean
+
+
+def _mean_and_spread(patches: Tensor) -> tuple[Tensor, Tensor]:
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def random_mask(batch: int, tokens: int, ratio: float, device: torch.device) -> Tensor:
     """(B, N) bool: the share `ratio` of the tokens of each image, at random, as many in each (at least 1)."""
     order = torch.rand(batch, tokens, device=device).argsort(1)
     return order < max(1, round(ratio * tokens))
+
+
+def check_ratio(method: str, ratio: float) -> float:
+    """The share of patches to hide; raises where it leaves none, or hides none."""
+    if not 0 < ratio < 1:
+        raise SaccadeError(f"{method}: ratio={ratio}; the share of patches to hide lies between 0 and 1")
+    return ratio
+
+
+def whole_patches(method: str, image: Tensor, patch: int) -> tuple[int, ...]:
+    """The grid of patches of an image (B, C, *size); raises where a side is no multiple of the patch."""
+    size = tuple(image.shape[2:])
+    if any(side % patch for side in size):
+        raise SaccadeError(f"{method}: {' x '.join(map(str, size))} pixels are no whole number of patches of {patch}: "
+                           "choose an img_size that is a multiple")
+    return tuple(side // patch for side in size)

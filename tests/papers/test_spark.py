@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saccade import SaccadeError, create_model
-from saccade.papers.spark import SparK, spread
+from saccade.papers.spark import SparK
+from saccade.parts.masking import spread
 
 
 @pytest.mark.parametrize("name", ["convnext_nano", "resnet_nano", "inceptionnext_nano", "poolformer_nano"])
@@ -89,7 +90,7 @@ def test_guessing_is_learnt():
 
 def test_wrong_sizes():
     method = SparK(create_model("convnext_nano"), width=32)
-    with pytest.raises(SaccadeError, match="multiples"):
+    with pytest.raises(SaccadeError, match="36 x 32 pixels are no whole number"):
         method(torch.zeros(1, 3, 36, 32))
     with pytest.raises(SaccadeError, match="halved 3 times"):
         SparK(create_model("convnext_nano"), width=20)

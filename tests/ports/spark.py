@@ -11,9 +11,10 @@ from saccade.core.keymap import within
 from saccade.core.load import key_maps
 from saccade.core.site import Site
 from saccade.papers.convnext import Depthwise
-from saccade.papers.spark import AUTHORS, SparK, sparse, spread
+from saccade.papers.spark import AUTHORS, SparK, sparse
 from saccade.parts.block import SingleBlock
 from saccade.parts.convolution import GridConv2d
+from saccade.parts.masking import spread
 from saccade.parts.norm import BatchNorm
 from tests.ports.port import Port, key_map
 
