@@ -116,13 +116,13 @@ class Covered(nn.Module):
     any other.
     """
 
-    def __init__(self, host: nn.Module, method: str) -> None:
+    def __init__(self, host: Any, method: str) -> None:
         super().__init__()
         self.ours = isinstance(host, (Pyramid, Plain))
         if not (self.ours or hasattr(getattr(host, "patch_embed", None), "proj")):
             raise SaccadeError(f"{method} hides embedded patches, and {type(host).__name__} has no stem that gives "
                                "them: choose a Pyramid or Plain of ours, or timm's ViT or Swin")
-        self.host: Any = host
+        self.host = host
         strides = [int(entry["reduction"]) for entry in self.host.feature_info]
         self.first_stride, self.stride = strides[0], strides[-1]
         self.in_chans = int(self.host.in_chans if self.ours else self.host.patch_embed.proj.in_channels)
