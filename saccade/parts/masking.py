@@ -17,14 +17,16 @@ from saccade.parts.pyramid import Pyramid
 def maps_of(model: Any, image: Tensor) -> list[Tensor]:
     """The maps (B, C_i, *grid_i) after each stage of a pyramid, ours or timm's, each of another stride."""
     if hasattr(model, "features"):
-        return list(model.features(image))
+        maps = model.features(image)
+        return [maps[number] for number in stages_of(model)]
     return list(model.forward_intermediates(image, indices=stages_of(model), intermediates_only=True))
 
 
 def stages_of(model: Any) -> list[int]:
-    """The numbers of a host's maps that a pyramid is made of: strides of 4 or more, the last map of each stride."""
+    """The numbers of a host's maps that make a pyramid: the last of each stride, without the map of timm's stems."""
     strides = [entry["reduction"] for entry in model.feature_info]
-    return [number for number, stride in enumerate(strides) if stride >= 4 and stride not in strides[number + 1:]]
+    least = 0 if hasattr(model, "features") else 4
+    return [number for number, stride in enumerate(strides) if stride >= least and stride not in strides[number + 1:]]
 
 
 def pyramid_of(model: Any, method: str) -> tuple[list[int], list[int]]:
