@@ -47,6 +47,7 @@ class SimMIM(nn.Module):
         super().__init__()
         self.model, self.ratio = model, check_ratio("simmim", ratio)
         self.covered = Covered(model, "simmim")
+        self.missing = nn.Parameter(torch.randn(self.covered.width) * 0.02)
         stride = self.covered.stride
         self.patch = max(stride, 2 * self.covered.first_stride) if patch is None else patch
         if self.patch % stride:
@@ -60,7 +61,7 @@ class SimMIM(nn.Module):
 
     def guess(self, image: Tensor, hidden: Tensor) -> Tensor:
         """A picture (B, C, *size) of guessed pixels, of what is not hidden."""
-        places = self.covered(image, hidden).movedim(1, -1)
+        places = self.covered(image, hidden, self.missing).movedim(1, -1)
         return image_of(self.pixels(places).flatten(1, -2), self.covered.stride, tuple(places.shape[1:-1]))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

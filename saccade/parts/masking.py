@@ -40,15 +40,14 @@ def pyramid_of(model: Any, method: str) -> tuple[list[int], list[int]]:
     return [int(entry["num_chs"]) for entry in info], strides
 
 
-class Visible(nn.Module):
+class Visible:
     """The tokens of a plain host, ours or timm's, of which its blocks are given some.
 
     `host` is a stack of softmax attention, which takes tokens as a set. Raises SaccadeError for any other.
     """
 
-    def __init__(self, host: nn.Module, method: str) -> None:
-        super().__init__()
-        self.host: Any = host
+    def __init__(self, host: Any, method: str) -> None:
+        self.host = host
         self.ours = isinstance(host, Plain)
         for number, block in enumerate(blocks_of(host, method)):
             if self.ours and not (type(block) is TokenBlock and type(block.mixer) is Attention
@@ -92,7 +91,7 @@ class Visible(nn.Module):
             tokens = block(tokens, self.prefix, ()) if self.ours else block(tokens)
         return self.host.norm(tokens)
 
-    def forward(self, image: Tensor, seen: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, seen: Tensor) -> Tensor:
         """(B, P + M, C) of the M patches of each image whose numbers are `seen` (B, M); the rest is not computed."""
         tokens, _ = self.tokens(image)
         always = torch.arange(self.prefix, device=seen.device).expand(len(seen), -1)
@@ -110,16 +109,15 @@ def spread(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     return mask
 
 
-class Covered(nn.Module):
-    """A host whose embedded patches give way to a learned token where they are hidden.
+class Covered:
+    """A host whose embedded patches give way to a token (width,) where they are hidden.
 
-    (B, C, *size), `hidden` (B, *coarse) bool -> the last map (B, C', *grid). The host computes the whole picture, so
-    that any will do whose stem gives tokens: Pyramids and Plains of ours, timm's ViT and Swin. Raises SaccadeError for
-    any other.
+    (B, C, *size), `hidden` (B, *coarse) bool, the token -> the last map (B, C', *grid). The host computes the whole
+    picture, so that any will do whose stem gives tokens: Pyramids and Plains of ours, timm's ViT and Swin. Raises
+    SaccadeError for any other.
     """
 
     def __init__(self, host: Any, method: str) -> None:
-        super().__init__()
         self.ours = isinstance(host, (Pyramid, Plain))
         if not (self.ours or hasattr(getattr(host, "patch_embed", None), "proj")):
             raise SaccadeError(f"{method} hides embedded patches, and {type(host).__name__} has no stem that gives "
@@ -129,7 +127,7 @@ class Covered(nn.Module):
         self.first_stride, self.stride = strides[0], strides[-1]
         self.in_chans = int(self.host.in_chans if self.ours else self.host.patch_embed.proj.in_channels)
         self.dim = int(self.host.num_features)
-        self.missing = nn.Parameter(torch.randn(self._width()) * 0.02)
+        self.width = self._width()
 
     @torch.no_grad()
     def _width(self) -> int:
@@ -139,13 +137,13 @@ class Covered(nn.Module):
         like = next(self.host.stem.parameters())
         return int(self.host.stem(like.new_zeros(1, self.in_chans, *[2 * self.stride] * rank)).shape[-1])
 
-    def forward(self, image: Tensor, hidden: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
         def cover(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
             grid = tuple(tokens.shape[1:-1])
             if tokens.ndim == 3 and image.ndim == 4:  # timm's ViT flattens them
                 grid = tuple(side // self.first_stride for side in image.shape[2:])
             mask = spread(hidden, grid).view(*tokens.shape[:-1], 1)
-            return torch.where(mask, self.missing.to(tokens.dtype), tokens)
+            return torch.where(mask, token.to(tokens.dtype), tokens)
 
         # Stems of overlapping convolutions would see hidden pixels from beside them: these are blank.
         image = image.masked_fill(spread(hidden, tuple(image.shape[2:]))[:, None], 0.0)

@@ -15,8 +15,8 @@ from saccade.papers.projection_head import (
     identity_head,
     mlp_head,
     spectral_contrastive,
-    supervised_contrastive,
 )
+from saccade.parts.losses import supervised_contrastive
 
 
 def test_heads():

@@ -40,7 +40,7 @@ def test_what_is_hidden_is_not_seen_and_the_loss_reaches_the_host(name):
     torch.testing.assert_close(loss, torch.stack(off).mean())
     loss.backward()
     assert next(p for p in method.model.parameters() if p.ndim == 4).grad.abs().max() > 0
-    assert method.covered.missing.grad.abs().max() > 0
+    assert method.missing.grad.abs().max() > 0
 
 
 def test_guessing_is_learnt():

@@ -7,7 +7,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from saccade.papers.projection_head import ReweightingHead, SymmetricRelu, supervised_contrastive
+from saccade.papers.projection_head import ReweightingHead, SymmetricRelu
+from saccade.parts.losses import supervised_contrastive
 from tests.ports.port import Port, key_map
 
 
