@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.site import Site
-from saccade.parts.attention import Attention
-from saccade.parts.block import LAYER_NORM, Block
-from saccade.parts.masking import Visible
+from saccade.parts.masking import PatchDecoder, Visible
 from saccade.parts.pixels import (
     check_ratio,
     denormalised,
@@ -28,7 +25,6 @@ from saccade.parts.pixels import (
     random_mask,
     whole_patches,
 )
-from saccade.parts.position import sincos
 
 CARD = Card(
     "Masked Autoencoders Are Scalable Vision Learners",
@@ -56,11 +52,7 @@ class MaskedAutoencoder(nn.Module):
         self.model, self.ratio = model, check_ratio("mae", ratio)
         self.visible = Visible(model, "mae")
         self.patch, chans = self.visible.patch, self.visible.in_chans
-        self.embed = nn.Linear(self.visible.dim, dim)
-        self.missing = nn.Parameter(torch.randn(dim) * 0.02)
-        site = Site(dim, heads)
-        self.decoder = nn.Sequential(*(Block(site, Attention(site), norm=LAYER_NORM) for _ in range(depth)),
-                                     LAYER_NORM(dim))
+        self.decoder = PatchDecoder(self.visible.dim, dim, depth, heads)
         self.pixels = nn.Linear(dim, chans * self.patch**2)
 
     def draw(self, image: Tensor) -> Tensor:
@@ -72,12 +64,7 @@ class MaskedAutoencoder(nn.Module):
         """The pixels of all patches (B, N, C p p), normalised, from those that are not `hidden` (B, N)."""
         grid = whole_patches("mae", image, self.patch)
         seen = (~hidden).nonzero()[:, 1].view(len(image), -1)
-        tokens = self.embed(self.visible(image, seen))
-        prefix, seen_tokens = tokens[:, :self.visible.prefix], tokens[:, self.visible.prefix:]
-        whole = self.missing.to(tokens.dtype).expand(*hidden.shape, -1)
-        whole = whole.scatter(1, seen[..., None].expand_as(seen_tokens), seen_tokens)
-        whole = whole + sincos(grid, whole.shape[-1], device=image.device).flatten(0, 1).to(whole.dtype)
-        return self.pixels(self.decoder(torch.cat([prefix, whole], 1))[:, self.visible.prefix:])
+        return self.pixels(self.decoder(self.visible(image, seen), seen, grid))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         hidden = self.draw(image)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.site import Site
 from saccade.parts.attention import Attention
+from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.host import blocks_of, gathered
 from saccade.parts.plain import Plain, TokenBlock
+from saccade.parts.position import sincos
 from saccade.parts.pyramid import Pyramid
 
 
@@ -97,6 +100,30 @@ class Visible:
         always = torch.arange(self.prefix, device=seen.device).expand(len(seen), -1)
         return self.blocks(gathered(tokens, torch.cat([always, seen + self.prefix], 1)))
 
+
+
+class PatchDecoder(nn.Module):
+    """A plain transformer that says something of every patch, from the tokens of those that were seen.
+
+    Tokens (B, P + M, C) of M patches with the numbers `seen` (B, M) -> (B, N, dim): a learned token stands for each
+    other patch of the grid, fixed sines and cosines say where it is. (He et al., "Masked Autoencoders Are Scalable
+    Vision Learners", 2022, section 3.)
+    """
+
+    def __init__(self, in_dim: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_dim, dim)
+        self.missing = nn.Parameter(torch.randn(dim) * 0.02)
+        site = Site(dim, heads)
+        self.blocks = nn.Sequential(*(Block(site, Attention(site)) for _ in range(depth)), LAYER_NORM(dim))
+
+    def forward(self, tokens: Tensor, seen: Tensor, grid: tuple[int, ...]) -> Tensor:
+        tokens = self.embed(tokens)
+        prefix = tokens.shape[1] - seen.shape[1]
+        whole = self.missing.to(tokens.dtype).expand(len(tokens), torch.Size(grid).numel(), -1)
+        whole = whole.scatter(1, seen[..., None].expand(-1, -1, tokens.shape[-1]), tokens[:, prefix:])
+        whole = whole + sincos(grid, tokens.shape[-1], device=tokens.device).flatten(0, -2).to(tokens.dtype)
+        return self.blocks(torch.cat([tokens[:, :prefix], whole], 1))[:, prefix:]
 
 
 def spread(mask: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -61,17 +61,18 @@ def sincos(
     """Fixed positions (*grid, dim): sines and cosines of each axis' coordinate, a share of the channels an axis.
 
     Of an axis with the coordinate p: sin(p w_i), then cos(p w_i), w_i = 10000^(-i / n), i < n = dim / (2 axes). `order`
-    of the axes in the channels, by default the last one first. (He et al., "Masked Autoencoders Are Scalable Vision
-    Learners", 2022; after Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", 2021.)
+    of the axes in the channels, by default the last one first; channels left over are 0. (Chen, Xie, He, "An Empirical
+    Study of Training Self-Supervised Vision Transformers", 2021; He et al., "Masked Autoencoders Are Scalable Vision
+    Learners", 2022.)
     """
-    if dim % (2 * len(grid)):
-        raise SaccadeError(f"{dim} channels cannot hold sines and cosines of {len(grid)} axes: give a multiple of "
-                           f"{2 * len(grid)}")
     count = dim // (2 * len(grid))
+    if not count:
+        raise SaccadeError(f"{dim} channels cannot hold sines and cosines of {len(grid)} axes: give {2 * len(grid)}")
     waves = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     parts = []
     for axis in reversed(range(len(grid))) if order is None else order:
         angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * waves
         shape = [1] * axis + [grid[axis]] + [1] * (len(grid) - 1 - axis) + [2 * count]
         parts.append(torch.cat([angle.sin(), angle.cos()], -1).view(shape).expand(*grid, -1))
-    return torch.cat(parts, -1).float().to(device)
+    table = F.pad(torch.cat(parts, -1), (0, dim - 2 * count * len(grid)))
+    return table.float().to(device)

@@ -49,11 +49,12 @@ def _declared(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     names = [name.removesuffix("mixer").removesuffix(".") for name, module in model.named_modules()
              if name.endswith("mixer") and hasattr(module, "cost")]
     blocks: dict[str, Any] = {f"{name}.mixer".lstrip("."): model.get_submodule(name) for name in names}
-    given: dict[str, tuple[Tensor, Tensor | None]] = {}  # the grid of tokens that each mixer got, and the prefix
+    given: dict[str, list[tuple[Tensor, Tensor | None]]] = {}  # what each mixer got, call by call: the grid, the prefix
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            given[name] = inputs[0], named.get("prefix", inputs[1] if len(inputs) > 1 else None)
+            prefix = named.get("prefix", inputs[1] if len(inputs) > 1 else None)
+            given.setdefault(name, []).append((inputs[0], prefix))
         return hook
 
     for name, block in blocks.items():
@@ -66,11 +67,12 @@ def _declared(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     for name, block in blocks.items():
         if name not in given:
             continue  # a method calls the mixer's projections itself
-        (x, prefix), mixer = given[name], block.mixer
-        beside = {"prefix": prefix.shape[1]} if prefix is not None and getattr(mixer, "prefix", False) else {}
-        grid = tuple(x.shape[1:-1])
-        total += x.shape[0] * mixer.cost(block.site, grid, **beside) - counts.get(name, 0)
-        total += mixer.shared_cost(block.site, grid) if hasattr(mixer, "shared_cost") else 0  # once for the batch
+        mixer, total = block.mixer, total - counts.get(name, 0)
+        for x, prefix in given[name]:
+            beside = {"prefix": prefix.shape[1]} if prefix is not None and getattr(mixer, "prefix", False) else {}
+            grid = tuple(x.shape[1:-1])
+            total += x.shape[0] * mixer.cost(block.site, grid, **beside)
+            total += mixer.shared_cost(block.site, grid) if hasattr(mixer, "shared_cost") else 0  # once for the batch
     return total
 
 

@@ -57,8 +57,9 @@ def test_sines_and_cosines():
             wanted = [math.sin(x), math.sin(x / 100), math.cos(x), math.cos(x / 100),
                       math.sin(y), math.sin(y / 100), math.cos(y), math.cos(y / 100)]
             torch.testing.assert_close(table[y, x], torch.tensor(wanted))
-    with pytest.raises(SaccadeError, match="multiple of 4"):
-        sincos((3, 5), 6)
+    assert torch.equal(sincos((3, 5), 10)[..., :8], table) and not sincos((3, 5), 10)[..., 8:].any()
+    with pytest.raises(SaccadeError, match="give 4"):
+        sincos((3, 5), 3)
 
 
 def test_timms_host():
