@@ -33,10 +33,9 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
-from saccade.ops.attend import attend
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.window import pad_to_multiple
-from saccade.parts.attention import check_heads
+from saccade.parts.attention import CrossAttention, check_heads
 from saccade.parts.block import LAYER_NORM, Block, Scale
 from saccade.parts.convolution import conv_norm, depthwise, grid_conv
 from saccade.parts.mbconv import SamePool
@@ -60,22 +59,6 @@ CARD = Card(
     goldens=("op_lightvit_bi_dim_attention", "op_lightvit_merge_patch", "op_lightvit_stem"),
     tests=("tests/papers/test_dualtoken_vit.py",),
 )
-
-
-class CrossAttention(nn.Module):
-    """proj(softmax(q(x) k(context)^T / sqrt(d)) v(context)): (B, N, C), (B, M, C) -> (B, N, C)."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # no `where`: a global token is no grid token
 
 
 class MixMlp(nn.Module):

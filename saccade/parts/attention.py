@@ -60,3 +60,20 @@ class Attention(nn.Module):
         """Multiply-adds: 4 N C^2 for the projections, 2 N^2 C for the products with N tokens."""
         tokens = torch.Size(grid).numel() + prefix
         return 4 * tokens * site.dim**2 + 2 * tokens**2 * site.dim
+
+
+class CrossAttention(nn.Module):
+    """proj(softmax(q(x) k(context)^T / sqrt(d)) v(context)): (B, N, C), (B, M, C) -> (B, N, C)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        check_heads(Site(dim, heads))
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # no `where`: its tokens may be on no grid

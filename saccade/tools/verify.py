@@ -50,14 +50,15 @@ def verify(path: str | Path) -> list[Verdict]:
     name = resolve_model(golden["model"])
     state, inputs = make_state(golden), make_inputs(golden)
     image = next(iter(inputs.values()))
+    given = image if len(inputs) == 1 else inputs  # a model of several modalities takes them by name
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "authors.safetensors"
         save_file({key: value.clone() for key, value in state.items()}, checkpoint)
         model = create_model(name, checkpoint_path=checkpoint, **settings(golden, name, image)).eval()
-    got = run_tapped(model.to(image.dtype), image, taps(name, golden))
+    got = run_tapped(model.to(image.dtype), given, taps(name, golden))
     for what in DEPLOYED & golden["outputs"].keys():
         with torch.no_grad():
-            got[what] = reparameterize(model)(image)
+            got[what] = reparameterize(model)(given)
     count = sum(parameter.numel() for parameter in model.parameters())
     verdicts = [Verdict(golden["model"], "parameters", abs(count - golden["params"]), 0)]
     for what, expected in golden["outputs"].items():
@@ -101,7 +102,7 @@ def find_taps(table: Mapping[str, str], golden: Golden) -> dict[str, str]:
     return found
 
 
-def run_tapped(model: nn.Module, image: Tensor, where: dict[str, str]) -> dict[str, Tensor]:
+def run_tapped(model: nn.Module, image: Tensor | dict[str, Tensor], where: dict[str, str]) -> dict[str, Tensor]:
     """Outputs of the modules `where` names, and the model's as `out`."""
     got: dict[str, Tensor] = {}
 
