@@ -61,7 +61,7 @@ def swap_own(
         name, mixer = f"{block_name}.mixer".lstrip("."), factory(block.site)  # type: ignore[arg-type]
         new[name] = fit(block, mixer)
         if keep_weights:
-            keep_template(name, block.mixer, mixer)  # type: ignore[arg-type]
+            keep_projections(name, block.mixer, mixer)  # type: ignore[arg-type]
     return Handle(model, new)
 
 
@@ -71,12 +71,12 @@ OUTPUT = ("o_proj", "out_proj", "dense")
 POSITION = "relative_position_bias"  # parameters so named stay behind, as the biases of our own mixers do
 
 
-def keep_template(name: str, old: nn.Module, new: nn.Module) -> None:
-    """Copy the trained projections that both mixers call their template; raises where one has no equal."""
+def keep_projections(name: str, old: nn.Module, new: nn.Module) -> None:
+    """Copy the trained projections that both mixers declare; raises where one has no equal."""
     target = _innermost(new)
-    kept = {f"{part}.{key}": value for part, state in zip(_template(name, new), _projections(name, old), strict=True)
+    kept = {f"{part}.{key}": value for part, state in zip(_declared(name, new), _projections(name, old), strict=True)
             for key, value in state.items()}
-    wanted = {f"{part}.{key}": value for part in _template(name, new)
+    wanted = {f"{part}.{key}": value for part in _declared(name, new)
               for key, value in target.get_submodule(part).state_dict().items()}
     for key in sorted(kept.keys() | wanted.keys()):
         shapes = [tuple(state[key].shape) if key in state else "missing" for state in (kept, wanted)]
@@ -88,25 +88,25 @@ def keep_template(name: str, old: nn.Module, new: nn.Module) -> None:
 
 def _innermost(mixer: nn.Module) -> nn.Module:
     """The mixer itself, out of a Slot or a PrefixBlind."""
-    while not hasattr(mixer, "template") and isinstance(inner := getattr(mixer, "mixer", None), nn.Module):
+    while not hasattr(mixer, "projections") and isinstance(inner := getattr(mixer, "mixer", None), nn.Module):
         mixer = inner
     return mixer
 
 
-def _template(name: str, mixer: nn.Module) -> tuple[str, ...]:
-    """Names of the template projections that a mixer of ours declares."""
-    template = getattr(_innermost(mixer), "template", None)
-    if template is None:
-        raise SaccadeError(f"keep_weights: {type(_innermost(mixer)).__name__} at {name} declares no template: it has "
-                           "none of the projections of softmax attention; swap without keep_weights")
-    return tuple(template)
+def _declared(name: str, mixer: nn.Module) -> tuple[str, ...]:
+    """Names of the projections that a mixer of ours declares: of queries, keys and values, and of its output."""
+    projections = getattr(_innermost(mixer), "projections", None)
+    if projections is None:
+        raise SaccadeError(f"keep_weights: {type(_innermost(mixer)).__name__} at {name} declares no projections: "
+                           "it has none of those of softmax attention; swap without keep_weights")
+    return tuple(projections)
 
 
 def _projections(name: str, mixer: nn.Module) -> list[dict[str, Tensor]]:
-    """The states of the template projections: those declared, else qkv and proj of a softmax attention without more."""
+    """The states of the projections: those declared, else qkv and proj of a softmax attention without more."""
     mixer = _innermost(mixer)
-    if hasattr(mixer, "template"):
-        return [mixer.get_submodule(part).state_dict() for part in mixer.template]  # type: ignore[union-attr]
+    if hasattr(mixer, "projections"):
+        return [mixer.get_submodule(part).state_dict() for part in mixer.projections]  # type: ignore[union-attr]
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in mixer.named_parameters():
         if POSITION in key:

@@ -21,7 +21,7 @@ from saccade.core.build import mixer_factory
 from saccade.core.errors import SaccadeError
 from saccade.core.names import match_modules
 from saccade.core.site import MixerFactory, Site
-from saccade.core.swap import Handle, keep_template, own_blocks, swap_own
+from saccade.core.swap import Handle, keep_projections, own_blocks, swap_own
 from saccade.parts.plain import PrefixBlind, TokenBlock, beside_prefix
 from saccade.parts.tokens import join
 
@@ -181,7 +181,7 @@ def swap(
         old = model.get_submodule(attention.get(name, name))
         built = factory(Site(dim, _heads(old, dim), list(stages).index(place), index, stride, native))
         if keep_weights:
-            keep_template(attention.get(name, name), old, built)
+            keep_projections(attention.get(name, name), old, built)
         if name in attention:
             built = AroundWindows(model.get_submodule(name), built)
         new[name] = Slot(name, beside_prefix(built, manner.prefix, prefix_mode), manner, native, call.due, seen)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.isotropic import Isotropic, OneNormBlock
 from saccade.parts.mlp import Mlp
 
@@ -51,6 +52,7 @@ class ActivatorGating(nn.Module):
     """
 
     ranks, prefix = (1, 2, 3), True
+    template = Template("none: a token by itself", "layer norm of both factors", "gated product W3(gelu(W1 x) W2 x)")
 
     def __init__(self, site: Site, ratio: float = 2.0) -> None:
         super().__init__()

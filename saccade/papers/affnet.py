@@ -28,6 +28,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.spectral import complex_product, fourier, inverse_fourier, spectrum_size
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import conv_norm
@@ -60,6 +61,7 @@ class AdaptiveFrequencyFilter(nn.Module):
     """out = x + F^-1(M(F(x)) * F(x)), M a two-layer complex map at each frequency: (B, *grid, C) -> (B, *grid, C)."""
 
     ranks = (1, 2, 3)
+    template = Template("Fourier: P(x) = F^-1 diag(m(F x)) F, m an MLP", "none", "x added")
 
     def __init__(
         self,

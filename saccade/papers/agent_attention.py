@@ -35,6 +35,7 @@ from saccade.core.keymap import KeyMap, Rule, pvt_names, within
 from saccade.core.load import key_maps
 from saccade.core.record import Where
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.tables import table
@@ -122,7 +123,12 @@ class Agent(nn.Module):
     """Attention through `pool`^rank agents, over the whole grid: (B, *grid, C) -> (B, *grid, C)."""
 
     ranks, weights = (1, 2, 3), True
-    template: tuple[str, ...] = ("qkv", "proj")
+    template = Template(
+        "q a^T and a k^T, a the pooled q",
+        "two softmaxes: tokens to agents, agents to tokens",
+        "sum of v, and a convolution of v",
+    )
+    projections: tuple[str, ...] = ("qkv", "proj")
 
     def __init__(self, site: Site, pool: int = 7, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -204,7 +210,7 @@ class PrefixedAgent(Agent):
 class ReducedAgent(Agent):
     """Agent attention to keys merged `reduction` x `reduction`, as in PVT; conv(v) takes interpolated values."""
 
-    template = ()
+    projections = ()
 
     def __init__(self, site: Site, pool: int = 7, reduction: int = 2, qkv_bias: bool = True) -> None:
         self.reduction = reduction

@@ -27,6 +27,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.local import local_sum
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.block import Block
@@ -62,6 +63,7 @@ class AttentiveConvolution(nn.Module):
     """Depthwise convolution with kernels made from the map: (B, *grid, C) -> (B, *grid, C)."""
 
     ranks = (1, 2, 3)
+    template = Template("kernel made of the pooled map, a group", "difference from its mean", "sum of v, gated")
     undecayed = ("inhibition",)
 
     def __init__(self, site: Site, kernel: int = 3, bias: bool = True) -> None:

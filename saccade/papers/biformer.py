@@ -30,6 +30,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.sizes import ceil_div
 from saccade.ops.tables import table
@@ -93,7 +94,10 @@ class BiLevelRouting(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) in the regions chosen by mean q k^T", "softmax", "sum of v, and a convolution of v"
+    )
 
     def __init__(
         self, site: Site, regions: int = 7, topk: int = 4, kernel: int = 5, qk_dim: int | None = None,
@@ -232,7 +236,7 @@ class EnhancedAttention(nn.Module):
     """out = proj(softmax(q k^T / sqrt(d)) v + conv(x)) over all tokens: the last stage. conv(v) where `of_values`."""
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
 
     def __init__(self, site: Site, kernel: int = 5, heads: int = 8, of_values: bool = False) -> None:
         super().__init__()

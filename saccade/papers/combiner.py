@@ -29,6 +29,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.sizes import ceil_div
 from saccade.ops.window import crop, pad_to_multiple
@@ -58,7 +59,12 @@ class CombinerFixed(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) in the row; q s^T to abstractions of rows",
+        "one softmax, factored",
+        "sum of v and of abstractions of v",
+    )
 
     def __init__(self, site: Site, row: int | None = None, causal: bool = False, bias: bool = False) -> None:
         super().__init__()
@@ -146,7 +152,12 @@ class CombinerAxial(nn.Module):
     """Direct attention in the own row, and to each row's summary for the own column: (B, *grid, C) -> (B, *grid, C)."""
 
     ranks, weights = (2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) in the row; q s^T to summaries of rows",
+        "one softmax, factored",
+        "sum of v and of summaries of v",
+    )
 
     def __init__(self, site: Site, bias: bool = False) -> None:
         super().__init__()

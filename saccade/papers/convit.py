@@ -32,6 +32,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, without_first_axis
 from saccade.core.record import Affinity, note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import Attention, check_heads
@@ -122,7 +123,8 @@ class GatedPositional(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d), and w of the offset", "two softmaxes, mixed by a gate a head", "sum of v")
 
     def __init__(self, site: Site, strength: float = 1.0, qkv_bias: bool = False) -> None:
         super().__init__()

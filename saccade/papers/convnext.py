@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import LAYER_NORM, SingleBlock
 from saccade.parts.convolution import depthwise
 from saccade.parts.head import Head
@@ -77,6 +78,7 @@ class Depthwise(nn.Module):
     """A depthwise convolution over the grid: every channel by itself, `kernel` x `kernel` neighbours, zero-padded."""
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], a number a channel and offset", "none", "sum of x")
 
     def __init__(self, site: Site, kernel: int = 7) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.ops.window import crop, pad_end, pad_to_multiple
@@ -85,7 +86,8 @@ class LongShortDistance(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset of a network, in near or spread groups", "softmax", "sum of v")
 
     def __init__(
         self,

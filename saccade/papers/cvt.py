@@ -23,6 +23,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
@@ -72,6 +73,7 @@ class ConvolutionalProjection(nn.Module):
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True
+    template = Template("q k^T / sqrt(C) of convolved tokens", "softmax", "sum of v, convolved")
 
     def __init__(
         self, site: Site, kernel: int = 3, stride: int = 2, method: str = "dw_bn", qkv_bias: bool = True

@@ -28,6 +28,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.record import note
 from saccade.core.site import MixerFactory, Site
+from saccade.core.template import Template
 from saccade.ops.window import pad_to_multiple
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
@@ -70,6 +71,8 @@ CARD = Card(
 class Window(WindowAttention):
     """Attention inside windows without a position bias: (B, *grid, C) -> (B, *grid, C)."""
 
+    template = Template("q k^T / sqrt(d), in windows", "softmax", "sum of v")
+
     def __init__(self, site: Site, window: int | tuple[int, ...] = 7, qkv_bias: bool = True) -> None:
         super().__init__(site, window, qkv_bias, bias=False)
 
@@ -81,7 +84,12 @@ class ChannelGroup(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "k^T v / sqrt(d): channels, not tokens",
+        "softmax over channels",
+        "q times it: every token weighs its own channels",
+    )
 
     def __init__(self, site: Site, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.cosine import cosine_transform, inverse_cosine_transform
 from saccade.ops.sizes import ceil_div
@@ -67,6 +68,9 @@ class DctAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template(
+        "q k^T / sqrt(d) among low frequencies of the cosine transform", "softmax", "sum of v, transformed back"
+    )
 
     def __init__(self, site: Site, keep: float = 0.5) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import depthwise
@@ -68,7 +69,10 @@ class ReversedAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "k q^T / sqrt(d): what j sends to i", "softmax over the receivers i", "sum of p m v, by learned importances"
+    )
 
     def __init__(self, site: Site, qkv_bias: bool = False, temperature: float = 0.1) -> None:
         super().__init__()

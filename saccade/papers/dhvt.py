@@ -26,6 +26,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within, without_first_axis
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
@@ -65,8 +66,9 @@ class HeadInteraction(nn.Module):
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True
+    template = Template("q k^T / sqrt(d), also of a token a head", "softmax", "sum of v")
     undecayed = ("identity",)
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
 
     def __init__(self, site: Site, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.window import pad_to_multiple
 from saccade.parts.attention import CrossAttention, check_heads
@@ -82,6 +83,11 @@ class DualToken(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template(
+        "convolutions near; q k^T / sqrt(d) to global tokens",
+        "softmax to the global tokens",
+        "sum of v, added to the convolved map",
+    )
 
     def __init__(
         self, site: Site, side: int = 7, mlp: str = "mix", steps: int | None = None, carried: bool = False

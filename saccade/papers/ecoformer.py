@@ -30,6 +30,7 @@ from saccade.core.features import Backbone
 from saccade.core.keymap import Dropped, KeyMap, pvt_names, within, without_first_axis
 from saccade.core.record import recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.tokens import join, split
 
@@ -153,6 +154,7 @@ class KernelizedHashing(nn.Module):
     """
 
     ranks, prefix = (1, 2, 3), True
+    template = Template("H(q) H(k)^T, H binary codes", "divided by its sum", "sum of v")
 
     def __init__(self, site: Site, bits: int = 16, anchors: int = 25, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
@@ -81,7 +82,8 @@ class CrossAttention(nn.Module):
     """
 
     ranks, context, weights = (1, 2, 3), True, True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset, also to tokens of earlier blocks", "softmax", "sum of v")
 
     def __init__(self, site: Site, sources: int = 0) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import note
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.window import pad_to_multiple
 from saccade.parts.block import Block
 from saccade.parts.convolution import depthwise, grid_conv
@@ -71,6 +72,9 @@ class FocalModulation(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template(
+        "w[j - i] of growing kernels, and the mean", "gates of the query, a level", "sum of contexts, times q"
+    )
 
     def __init__(
         self, site: Site, window: int = 3, levels: int = 2, normalized: bool = False, norm_inside: bool = False

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.neighborhood import neighborhood_attention
 from saccade.ops.window import crop, pad_end
 from saccade.parts.attention import check_heads
@@ -50,7 +51,8 @@ class FusedNeighborhood(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset, in the neighbourhood", "softmax", "sum of v")
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.record import Affinity, note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 
 EPS = 1e-8
 AXES = {"tokens": 1, "channels": 2}  # of (B, N, C)
@@ -56,6 +57,7 @@ class GaussianAdaptive(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("Gaussian of x_i about the mean of all", "density, divided by their sum", "x_i times it")
 
     def __init__(self, site: Site, gaussians: int = 3, axis: str = "tokens", heads: int | None = None) -> None:
         super().__init__()

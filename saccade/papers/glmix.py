@@ -30,6 +30,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import note
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.attention import Attention
 from saccade.parts.block import Block
@@ -71,6 +72,11 @@ class GLMix(nn.Module):
     """
 
     ranks, weights, context = (1, 2, 3), True, True
+    template = Template(
+        "x l^T to semantic slots l, and w[j - i]",
+        "softmax over tokens in, over slots out",
+        "sum of slots after attention, and of the convolution",
+    )
     undecayed = ("scale",)
 
     def __init__(self, site: Site, slots: int = 64, kernel: int = 5, learned: bool = False) -> None:

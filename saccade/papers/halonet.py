@@ -31,6 +31,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import MixerFactory, Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
@@ -127,6 +128,7 @@ class HaloAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template("q k^T / sqrt(d) + q r[j - i], in block and halo", "softmax", "sum of v")
     undecayed = ("offsets",)
 
     def __init__(

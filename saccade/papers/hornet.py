@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.spectral import global_filter, resample_spectrum, spectrum_size
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.convolution import depthwise
@@ -90,6 +91,7 @@ class GatedConvolution(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], or a filter of all frequencies", "none", "sum of q_k, times p_k, again and again")
 
     def __init__(self, site: Site, order: int = 5, scale: float = 1 / 3, spectral: bool = False) -> None:
         super().__init__()

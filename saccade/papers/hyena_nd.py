@@ -28,6 +28,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.spectral import convolve, on_circle, turned
 from saccade.ops.tables import table
 from saccade.parts.attention import Attention
@@ -183,6 +184,11 @@ class HyenaNd(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template(
+        "w(j - i) of a network of the offset, as long as the map",
+        "decay with distance",
+        "sum of x, gated before and after",
+    )
 
     def __init__(
         self, site: Site, order: int = 2, width: int = 64, direction: str = "seq", direct: bool = False,

@@ -27,6 +27,7 @@ from saccade.core.card import Card
 from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.keymap import Dropped, KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.head import Head, Pooling
 from saccade.parts.position import is_native, resample
 from saccade.parts.pyramid import check_sizes, drop_path_rates, undecayed
@@ -87,6 +88,7 @@ class HyperZZW(nn.Module):
     """out = (x * W) x, W the slow network's kernel over the map: (B, H, W, C) -> (B, H, W, C)."""
 
     ranks = (2,)
+    template = Template("w(i) of a network of the place, times x", "none", "convolution of x with it, times x")
 
     def __init__(self, site: Site, hidden: int = 64, layers: int = 2, omega: float = 10.0) -> None:
         super().__init__()

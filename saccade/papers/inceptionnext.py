@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import LAYER_NORM, SingleBlock
 from saccade.parts.convolution import GRID_CONVOLUTIONS
 from saccade.parts.head import Head
@@ -65,6 +66,7 @@ class InceptionDepthwise(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i] of a square and two bands", "none", "sum of x, channels in four parts")
 
     def __init__(self, site: Site, band: int = 11, ratio: float = 0.125, square: int = 3) -> None:
         super().__init__()

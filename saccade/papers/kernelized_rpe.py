@@ -26,6 +26,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz, toeplitz_product
 from saccade.parts.attention import check_heads
 from saccade.parts.tokens import global_tokens
@@ -55,7 +56,8 @@ class KernelizedRelative(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("phi(q) phi(k)^T exp(b[j - i]), phi random features", "divided by its sum", "sum of v")
     undecayed = ("bias",)
     directions: Tensor
 

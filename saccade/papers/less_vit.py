@@ -27,7 +27,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.pattern import Disc, written_out
 from saccade.ops.tables import table
@@ -68,9 +69,7 @@ CARD = Card(
 
 def perception_field(grid: tuple[int, ...], radius: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N, N) 0 between places at most `radius` steps apart, -inf between others."""
-    mask = written_out(Disc(grid, int(radius**2 + 1e-6)), None, dtype, device)
-    assert mask is not None
-    return mask
+    return cast(Tensor, written_out(Disc(grid, int(radius**2 + 1e-6)), None, dtype, device))
 
 
 class Branch(nn.Module):
@@ -155,6 +154,7 @@ class LessAttention(nn.Module):
     """
 
     ranks = (2, 3)
+    template = Template("q k^T / sqrt(d) among bands, and among places", "two softmaxes", "Kronecker sum of v")
 
     def __init__(
         self, site: Site, head_bands: int | None = None, rank: int = 1, field: float | None = None,

@@ -35,6 +35,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.sizes import ceil_div
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
@@ -70,7 +71,12 @@ class LocalMamba(nn.Module):
     """
 
     ranks, prefix = (1, 2, 3), True
-    template = ("in_proj", "out_proj")
+    projections = ("in_proj", "out_proj")
+    template = Template(
+        "selective scans C_i A_(i..j) B_j along several orders, local ones among them",
+        "decays A in (0, 1)",
+        "sum of x over the orders, each by its gate",
+    )
 
     def __init__(
         self, site: Site, orders: Sequence[str] = ("h", "v_flip", "w2", "w7_flip"), states: int = 16, kernel: int = 4,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.ssm import Selection, selection_names, step_rank
 
 CARD = Card(
@@ -48,7 +49,8 @@ class Mamba(nn.Module):
     """
 
     ranks = (1, 2, 3)
-    template = ("in_proj", "out_proj")
+    projections = ("in_proj", "out_proj")
+    template = Template("selective scan: C_i A_(i..j) B_j, j <= i", "decays A in (0, 1)", "sum of x, gated")
 
     def __init__(
         self, site: Site, states: int = 16, kernel: int = 4, expand: float = 2, rank: int | None = None,

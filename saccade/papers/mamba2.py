@@ -25,6 +25,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.scan import ssd
 from saccade.parts.ssm import CausalConv, RMSNorm, step_bias
 
@@ -53,7 +54,8 @@ class Mamba2(nn.Module):
     """
 
     ranks = (1, 2, 3)
-    template = ("in_proj", "out_proj")
+    projections = ("in_proj", "out_proj")
+    template = Template("state space dual: C_i B_j^T a_(i..j), j <= i", "decays a in (0, 1)", "sum of x, gated, normed")
     undecayed = ("A_log", "D")
 
     def __init__(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.convolution import grid_conv, on_grid
 from saccade.parts.mlp import Mlp
 from saccade.parts.multi_axis import BlockMix, Gmlp, GridMix, TwoAxes, norm, tanh_gelu
@@ -62,6 +63,7 @@ class MultiAxisGmlp(TwoAxes):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[i, j] in blocks and in grids", "layer norm of the gate", "sums of x, times x")
 
     def __init__(self, site: Site, block: Sequence[int] | None = None, cells: Sequence[int] | None = None) -> None:
         block, cells = tuple(block or (8,) * site.rank), tuple(cells or (8,) * site.rank)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, pad_to_multiple, partition
@@ -111,7 +112,8 @@ class BlockAttention(nn.Module):
     """out = proj(softmax(q k^T / sqrt(d) + bias) v) among the P x P tokens of each block: (B, *grid, C) -> the same."""
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset, in blocks", "softmax", "sum of v")
     cut: Cut = staticmethod(partition)
     join = staticmethod(merge)
 
@@ -153,6 +155,8 @@ class BlockAttention(nn.Module):
 
 class GridAttention(BlockAttention):
     """The same among the P x P tokens that lie grid/P apart: sparse, and over the whole map."""
+
+    template = Template("q k^T / sqrt(d) + offset, among tokens a stride apart", "softmax", "sum of v")
 
     cut: Cut = staticmethod(spread)
     join = staticmethod(gather)

@@ -32,6 +32,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.window import crop
 from saccade.parts.attention import check_heads
@@ -79,6 +80,7 @@ class ScrambledNeighborhood(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("q k^T / sqrt(d) + offset, in the neighbourhood of a scrambled grid", "softmax", "sum of v")
 
     def __init__(self, site: Site, kernel: int = 7, dilation: int = 1) -> None:
         super().__init__()
@@ -104,6 +106,7 @@ class RunPooledAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template("q k^T / sqrt(d) to means of runs", "softmax", "sum of v, pooled")
 
     def __init__(self, site: Site, reduction: int = 2) -> None:
         super().__init__()

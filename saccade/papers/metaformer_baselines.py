@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pointwise
 from saccade.core.site import MixerFactory, Site
+from saccade.core.template import Template
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block, Scale
 from saccade.parts.convolution import depthwise, grid_conv
@@ -113,6 +114,7 @@ class SeparableConv(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], a number a channel and offset", "none", "sum of star(W1 x)")
 
     def __init__(self, site: Site, kernel: int = 7, ratio: float = 2.0) -> None:
         super().__init__()
@@ -135,6 +137,8 @@ class SeparableConv(nn.Module):
 
 class RandomMixing(SpatialFc):
     """out = W x over positions, W the softmax of random numbers: drawn once, kept with the weights, never trained."""
+
+    template = Template("w[i, j] of the place, drawn once", "softmax", "sum of x")
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

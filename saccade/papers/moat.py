@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition, relative_position_index, window_tokens
@@ -81,7 +82,8 @@ class MoatAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset", "softmax", "sum of v")
     undecayed = ("table",)
 
     def __init__(

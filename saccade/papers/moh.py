@@ -28,6 +28,7 @@ from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, pvt_names, within
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.aggregated import NAMES, AggregatedAttention, CosineAttention
 
 _PUBLISHED = ("moh_vit_s_80", "moh_vit_s_75", "moh_vit_b_75", "moh_vit_b_50")
@@ -109,6 +110,12 @@ class HeadGate(nn.Module):
 class MixtureOfHead(CosineAttention):
     """Length-scaled cosine attention to all tokens whose heads are gated: (B, *grid, C) -> (B, *grid, C)."""
 
+    template = Template(
+        "cosine of q + e and k, and offset",
+        "softmax, scaled by log N; a gate a head",
+        "sum of v over the heads chosen",
+    )
+
     def __init__(
         self, site: Site, shared: int | None = None, routed: int | None = None, qkv_bias: bool = True
     ) -> None:
@@ -124,6 +131,12 @@ class MixtureOfHead(CosineAttention):
 
 class AggregatedMixtureOfHead(AggregatedAttention):
     """Aggregated attention whose heads are gated: (B, *grid, C) -> (B, *grid, C)."""
+
+    template = Template(
+        "cosine of q and k, near and pooled, and offsets",
+        "one softmax over both; a gate a head",
+        "sum of v over the heads chosen",
+    )
 
     def __init__(
         self, site: Site, shared: int | None = None, routed: int | None = None, ratio: int = 2, window: int = 3,

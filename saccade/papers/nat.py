@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.neighborhood import neighborhood_attention
 from saccade.ops.window import crop, pad_end, relative_position_index
@@ -105,7 +106,8 @@ class Neighborhood(nn.Module):
     """Attention of each token to its `kernel`^n nearest neighbours, `dilation` steps apart, with relative bias."""
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset, in the neighbourhood", "softmax", "sum of v")
     undecayed = ("bias",)
 
     def __init__(
@@ -152,7 +154,8 @@ class RelativeAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset", "softmax", "sum of v")
     undecayed = ("bias",)
 
     def __init__(self, site: Site, qkv_bias: bool = True) -> None:

@@ -29,6 +29,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.isotropic import Isotropic, OneNormBlock
 from saccade.parts.mlp import Mlp
 from saccade.parts.position import is_native, resample
@@ -98,6 +99,7 @@ class MixerGating(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[i, j] of the place, in a Mixer block", "none", "gate of sums of x, times x W")
 
     def __init__(self, site: Site, token_ratio: float = 2.0, channel_ratio: float = 2.0) -> None:
         super().__init__()

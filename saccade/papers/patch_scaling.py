@@ -28,6 +28,7 @@ from saccade.core.card import Card
 from saccade.core.index import paper_module
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.plain import Plain, TokenBlock
 from saccade.parts.ssm import RMSNorm
 
@@ -59,7 +60,8 @@ class CausalImage(nn.Module):
     """
 
     ranks, prefix = (1, 2, 3), True
-    template = ("scan.in_proj", "scan.out_proj")
+    projections = ("scan.in_proj", "scan.out_proj")
+    template = Template("state space dual: C_i B_j^T a_(i..j), j <= i", "decays a in (0, 1)", "sum of x, gated, normed")
 
     def __init__(self, site: Site, backwards: bool | None = None, **options: Any) -> None:
         super().__init__()

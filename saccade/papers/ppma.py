@@ -30,6 +30,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, Rule
 from saccade.core.record import note
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import affinity
 from saccade.ops.rotary import rotate
 from saccade.parts.attention import check_heads
@@ -71,7 +72,12 @@ class PolylinePath(nn.Module):
     """out = proj(A v + conv(v)): A softmax attention under the path masks, its axes apart where `decomposed`."""
 
     ranks, weights = (2,), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d), times decays along the paths from i to j",
+        "softmax, then the mask",
+        "sum of v, and a convolution of v",
+    )
     undecayed = ("step_bias", "log_rate")
 
     def __init__(self, site: Site, decomposed: bool = True) -> None:

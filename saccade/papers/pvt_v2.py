@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pointwise, pvt_names, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.merging import ConvMerging
@@ -59,6 +60,8 @@ class PooledReduction(SpatialReduction):
 
     (B, *grid, C) -> (B, *grid, C). (Wang et al., PVT v2, 2022, section 3.1.)
     """
+
+    template = Template("q k^T / sqrt(d) to a pooled map", "softmax", "sum of v, pooled")
 
     def __init__(self, site: Site, cells_a_side: int = 7, qkv_bias: bool = True) -> None:
         self.cells_a_side = cells_a_side

@@ -25,6 +25,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.sizes import ceil_div
 from saccade.parts.block import Block
 from saccade.parts.mlp import Mlp
@@ -59,6 +60,9 @@ class RaftMixing(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template(
+        "w[i, j] along each axis, over groups of channels", "layer norm before", "sum of x, twice, with gelu between"
+    )
 
     def __init__(self, site: Site, raft: int = 2, ratio: float = 2.0) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.window import crop, merge, pad_end, pad_to_multiple, partition, shifted, window_tokens
 from saccade.parts.attention import check_heads
@@ -67,7 +68,12 @@ class RectangleWindow(nn.Module):
     """
 
     ranks, weights = (2,), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) + offset of a network, in lying and standing windows",
+        "softmax",
+        "sum of v, and a convolution of v",
+    )
 
     def __init__(
         self, site: Site, window: tuple[int, int] = (4, 16), shift: bool | None = None, qkv_bias: bool = True
@@ -129,6 +135,7 @@ class RecursiveGeneralization(nn.Module):
     """
 
     ranks, weights = (2,), True
+    template = Template("q k^T / sqrt(d) to a map folded to few tokens", "softmax", "sum of v, folded")
 
     def __init__(self, site: Site, ratio: float = 0.5, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.rotary import rotate
 from saccade.ops.tables import table
@@ -76,7 +77,10 @@ class ManhattanAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) + log gamma |j - i|, q and k rotated", "softmax", "sum of v, and a convolution of v"
+    )
 
     def __init__(self, site: Site, decomposed: bool = True, initial: float = 2, span: float = 4) -> None:
         super().__init__()

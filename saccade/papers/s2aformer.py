@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.record import Where, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.window import pad_to_multiple
 from saccade.parts.attention import check_heads
@@ -68,6 +69,7 @@ class StripAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template("q k^T / sqrt(c) to a map reduced along both axes", "softmax", "sum of v, reduced")
 
     def __init__(self, site: Site, reduction: int | None = None, qk_dim: int = 1) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import conv_norm
@@ -73,6 +74,7 @@ class SingleHeadAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template("q k^T / sqrt(d), on part of the channels", "softmax", "sum of v, beside the other channels")
 
     def __init__(self, site: Site, part: float = 1 / 4.67, qk_dim: int = 16) -> None:
         super().__init__()

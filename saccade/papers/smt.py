@@ -26,6 +26,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pvt_names, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import check_heads
 from saccade.parts.block import LAYER_NORM, Block
@@ -74,6 +75,7 @@ class ScaleAwareModulation(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i] of several kernels", "none", "sum of x, times v")
 
     def __init__(self, site: Site, scales: int = 4, expand: int = 2, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -107,7 +109,8 @@ class LocalValueAttention(nn.Module):
     """out = proj(softmax(q k^T / sqrt(d)) v + conv_3(v)) over all tokens: (B, *grid, C) -> (B, *grid, C)."""
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d)", "softmax", "sum of v, and a convolution of v")
 
     def __init__(self, site: Site, heads: int | None = None, qkv_bias: bool = True) -> None:
         super().__init__()

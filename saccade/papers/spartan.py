@@ -29,6 +29,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import Block
 from saccade.parts.convolution import at_least, grid_conv
 from saccade.parts.mlp import Gelu
@@ -70,6 +71,7 @@ class MultiOrderSpatial(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], near and far", "squeeze and excitation", "sums of x less its mean")
 
     def __init__(self, site: Site, groups: int | None = None) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.spectral import global_filter, resample_spectrum, spectrum_size
 from saccade.parts.attention import Attention
 from saccade.parts.labelled_pyramid import LabelledPyramid, wavevit_names
@@ -62,6 +63,7 @@ class SpectralGating(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("Fourier: P = F^-1 diag(w) F", "none", "sum of x")
     undecayed = ("filter",)
 
     def __init__(self, site: Site) -> None:

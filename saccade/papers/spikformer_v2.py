@@ -32,6 +32,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, pointwise, within
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.spiking import fire
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.block import Block
@@ -91,7 +92,7 @@ class SpikingAttention(nn.Module):
     """
 
     ranks = (1, 2, 3)
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
 
     def __init__(
         self, site: Site, steps: int = 4, threshold: float = 1.0, scale: float = 0.125, qkv_bias: bool = False,
@@ -141,6 +142,8 @@ class DirectSpikingAttention(SpikingAttention):
 
     (B, *grid, C) -> (B, *grid, C), in multiples of 1 / steps. The projections of a constant input are made once.
     """
+
+    template = Template("q k^T of spikes", "a fixed scale", "sum of v, fired again")
 
     def forward(self, x: Tensor) -> Tensor:
         spikes = self.mix(self.qkv_neurons.driven(self.qkv_norm(self.qkv(x))))
@@ -286,8 +289,7 @@ class MaskedSpikes(nn.Module):
         super().__init__()
         self.model, self.ratio = model, check_ratio("spikformer_v2", ratio)
         self.patch = model.feature_info[0]["reduction"]
-        self.embed = nn.Linear(model.num_features, dim)
-        self.missing = nn.Parameter(torch.randn(dim) * 0.02)
+        self.embed, self.missing = nn.Linear(model.num_features, dim), nn.Parameter(torch.randn(dim) * 0.02)
         self.position = nn.Parameter(torch.randn(torch.Size(model.grid).numel(), dim) * 0.02)
         site = Site(dim, heads, grid=model.grid)
         self.decoder = nn.Sequential(*(Block(site, Attention(site)) for _ in range(depth)), nn.LayerNorm(dim))

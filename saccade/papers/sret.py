@@ -32,6 +32,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.names import matching
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
@@ -83,7 +84,8 @@ class SlicedGroup(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) among consecutive tokens", "softmax", "sum of v")
 
     def __init__(self, site: Site, groups: int = 4, shuffle: bool | None = None, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.wavelet import dtcwt, inverse_dtcwt
 from saccade.parts.attention import Attention
 from saccade.parts.convolution import depthwise
@@ -95,6 +96,7 @@ class Scattering(nn.Module):
     """
 
     ranks = (2,)
+    template = Template("wavelets: T^-1 diag(w, mlp) T", "none", "sum of x")
     undecayed: tuple[str, ...] = ("low",)
 
     def __init__(self, site: Site, groups: int = 4) -> None:
@@ -177,6 +179,9 @@ class RowScattering(nn.Module):
     """
 
     ranks = (2,)
+    template = Template(
+        "wavelets: T^-1 diag(w, mlp) T; w[i, j] of the row", "none", "sum of x, and a convolution of the other half"
+    )
 
     def __init__(self, site: Site, groups: int = 4) -> None:
         super().__init__()

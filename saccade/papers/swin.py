@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import Block
 from saccade.parts.merging import PatchMerging
 from saccade.parts.pyramid import Pyramid
@@ -78,6 +79,8 @@ CARD = Card(
 
 class ShiftedWindow(WindowAttention):
     """Window attention; in blocks of odd index the windows are shifted by half their side."""
+
+    template = Template("q k^T / sqrt(d) + offset, in windows, shifted in turn", "softmax", "sum of v")
 
     def __init__(
         self, site: Site, window: int | tuple[int, ...] = 7, shift: int | None = None, qkv_bias: bool = True

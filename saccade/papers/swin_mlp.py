@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.window import pad_ends
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
@@ -67,6 +68,7 @@ class ShiftedWindowMlp(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[i, j] of the place in the window", "none", "sum of x")
 
     def __init__(self, site: Site, window: int = 7, shift: int | None = None) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import Attention
 from saccade.parts.convolution import grid_conv
@@ -121,7 +122,8 @@ class TokenPerformer(TokenAttention):
     """
 
     weights = False
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("phi(q) phi(k)^T, phi positive random features", "divided by its sum", "sum of v")
 
     def __init__(
         self, site: Site, width: int | None = None, ratio: float = 0.5, qkv_bias: bool = True, dropout: float = 0.0

@@ -32,6 +32,7 @@ from saccade.core.features import Backbone, FeatureInfo
 from saccade.core.keymap import KeyMap, within
 from saccade.core.load import key_maps
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.mlp import Mlp
@@ -60,6 +61,8 @@ CARD = Card(
 class SqueezedAttention(Attention):
     """Attention, then squeeze and excitation over all tokens, the prefix among them."""
 
+    template = Template("q k^T / sqrt(d)", "softmax", "sum of v, channels weighed by the mean of all")
+
     def __init__(self, site: Site, qkv_bias: bool = False, reduction: int = 16) -> None:
         super().__init__(site, qkv_bias)
         hidden = max(site.dim // reduction, 1)
@@ -82,6 +85,7 @@ class GhostAttention(nn.Module):
     """Attention whose q, k, v are half projected, half copies of that half with a factor a channel."""
 
     ranks, prefix, weights = (1, 2, 3), True, True
+    template = Template("q k^T / sqrt(d), half of both copied cheaply", "softmax", "sum of v")
 
     def __init__(self, site: Site, qkv_bias: bool = False) -> None:
         super().__init__()

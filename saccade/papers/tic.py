@@ -31,6 +31,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.local import local_scores, local_sum, neighbour_tokens
 from saccade.ops.tables import table
 from saccade.ops.window import crop
@@ -167,6 +168,9 @@ class ShiftedMsaConv(MsaConv):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template(
+        "q k^T / sqrt(d) in the neighbourhood", "softmax", "sum of v, shifted a head, and a convolution"
+    )
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.names import closest, match_modules
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
@@ -166,6 +167,11 @@ class TokenformerAttention(nn.Module):
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True
+    template = Template(
+        "q k^T / sqrt(d), q, k, v by attention to parameters",
+        "softmax; gelu of normed scores to parameters",
+        "sum of v",
+    )
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.convolution import grid_conv
 from saccade.parts.head import Head
 from saccade.parts.mobilenet import INVERTED_ROWS, MobileNet, Row, places, torchvision_names
@@ -120,6 +121,7 @@ class TVConv(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[i, j - i]: a kernel a place", "none", "sum of x")
 
     def __init__(
         self,

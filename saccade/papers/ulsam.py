@@ -29,6 +29,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.convolution import conv_norm
 from saccade.parts.mobilenet import INVERTED_ROWS, SEPARABLE_ROWS, MobileBlock, MobileNet, Row
 from saccade.parts.reparameterize import affine_of
@@ -67,6 +68,9 @@ class SubspaceAttention(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template(
+        "one number a place, of depthwise layers and pooling", "softmax over places", "x times it, added to x"
+    )
 
     def __init__(self, site: Site, subspaces: int = 4) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, Rule, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.window import pad_end
 from saccade.parts.attention import Attention
@@ -84,6 +85,7 @@ class LocalRelation(nn.Module):
     """proj(affinity * value(x)): a learned affinity a channel and offset, `kernel` tokens a side, no softmax."""
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], a number a channel and offset", "none", "sum of v")
 
     def __init__(self, site: Site, kernel: int = 5) -> None:
         super().__init__()

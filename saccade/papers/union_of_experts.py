@@ -29,6 +29,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.record import recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
@@ -132,6 +133,9 @@ class SelectiveAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template(
+        "q k^T / sqrt(d) among the tokens that an expert takes", "softmax; the router's chance", "sum of v"
+    )
 
     def __init__(
         self, site: Site, top: int | None = None, capacity: float = 1.0, epsilon: float = 1e-6, batched: bool = False,

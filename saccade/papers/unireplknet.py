@@ -26,6 +26,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import LAYER_NORM, Scale, SingleBlock
 from saccade.parts.convolution import depthwise, grid_conv
 from saccade.parts.dilated import DILATED, DilatedBranches
@@ -91,6 +92,10 @@ BRANCHES = {
 
 class DilatedReparam(DilatedBranches):
     """A large depthwise kernel beside the paper's branches for it; SaccadeError for a kernel that has none."""
+
+    template = Template(
+        "w[j - i], a number a channel and offset, of several dilations", "batch norm a branch", "sum of x"
+    )
 
     def __init__(self, site: Site, kernel: int = 13) -> None:
         if kernel not in BRANCHES:

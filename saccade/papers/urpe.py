@@ -26,6 +26,7 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
 from saccade.core.record import recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import affinity
 from saccade.ops.tables import table
 from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz
@@ -135,7 +136,8 @@ class UniversalRelative(UniversalAttention):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d) + offset", "softmax, then a factor an offset", "sum of v")
 
     def __init__(
         self, site: Site, initial: float | None = 1.0, buckets: int | None = None, farthest: int = 128,

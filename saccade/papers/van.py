@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, pvt_names, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.convolution import depthwise
 from saccade.parts.merging import ConvMerging
@@ -79,6 +80,7 @@ class LargeKernelAttention(nn.Module):
     """
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i] of a near and a dilated kernel", "none", "sum of u, times u")
 
     def __init__(self, site: Site) -> None:
         super().__init__()

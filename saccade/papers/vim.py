@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.plain import Plain
 from saccade.parts.ssm import MixerTokens, RMSNorm, Selection, scan_together, selection_names, step_rank
 
@@ -62,7 +63,8 @@ class BidirectionalMamba(nn.Module):
     """
 
     ranks, prefix = (1, 2, 3), True
-    template = ("in_proj", "out_proj")
+    projections = ("in_proj", "out_proj")
+    template = Template("selective scan: C_i A_(i..j) B_j, both ways", "decays A in (0, 1)", "sum of x, gated")
 
     def __init__(
         self, site: Site, states: int = 16, kernel: int = 4, expand: float = 2, rank: int | None = None,

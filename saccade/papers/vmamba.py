@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.scan import selective_scan
 from saccade.parts.block import Block
 from saccade.parts.convolution import depthwise, grid_conv
@@ -72,7 +73,10 @@ class CrossScan(nn.Module):
     """
 
     ranks = (1, 2, 3)
-    template = ("in_proj", "out_proj")
+    projections = ("in_proj", "out_proj")
+    template = Template(
+        "selective scans C_i A_(i..j) B_j along four ways", "decays A in (0, 1)", "sum of x over the ways, normed"
+    )
     undecayed = ("A_log", "D")
 
     def __init__(

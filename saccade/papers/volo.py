@@ -31,6 +31,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.tables import table
 from saccade.ops.window import pad_ends, pad_to_multiple
 from saccade.parts.attention import Attention, check_heads
@@ -90,7 +91,8 @@ class Outlook(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("v", "proj")
+    projections = ("v", "proj")
+    template = Template("linear in x_i: a number an offset", "softmax over the window", "sum of v, windows overlapping")
 
     def __init__(self, site: Site, kernel: int = 3, stride: int = 2, qkv_bias: bool = False) -> None:
         super().__init__()

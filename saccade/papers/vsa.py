@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.keymap import Dropped, KeyMap, Rule, matrix_from_1x1, within
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
@@ -62,7 +63,10 @@ class VariedSizeWindow(nn.Module):
     """Window attention to keys of moved and stretched windows: (B, *grid, C) -> (B, *grid, out_dim)."""
 
     ranks, weights = (2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template(
+        "q k^T / sqrt(d) + offset, to windows moved and stretched by the content", "softmax", "sum of v, sampled"
+    )
 
     def __init__(self, site: Site, window: int = 7, out_dim: int | None = None, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.local import local_scores, local_sum, neighbour_tokens
 from saccade.ops.pooling import adaptive_mean
@@ -92,6 +93,7 @@ class CosineAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template("cosine of q + e and k, and offset", "softmax, scaled by log N", "sum of v")
     undecayed: tuple[str, ...] = ("temperature", "query_embedding")
 
     def __init__(self, site: Site, qkv_bias: bool = True) -> None:
@@ -150,6 +152,12 @@ class AggregatedAttention(CosineAttention):
     `ratio` times a side, or to `pool` cells. Learned tokens add to the weights of the window, after the softmax, what
     depends on the query alone: w = softmax(...) + q/|q| T + b. (Shi, "TransNeXt", 2023, sections 3.1 and 3.2.)
     """
+
+    template = Template(
+        "cosine of q and k, near and pooled, and offsets",
+        "one softmax over both, length-scaled",
+        "sum of v, near and pooled",
+    )
 
     undecayed = (*CosineAttention.undecayed, "local_bias")
 

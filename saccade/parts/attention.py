@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.tokens import global_tokens, join, split
 
@@ -28,7 +29,8 @@ class Attention(nn.Module):
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
+    template = Template("q k^T / sqrt(d)", "softmax", "sum of v")
 
     def __init__(self, site: Site, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saccade.core.errors import SaccadeError
 from saccade.core.record import note, recording
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.neighborhood_sum import neighborhood_bias, neighborhood_sum, neighbours
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.norm import BatchNorm
@@ -32,6 +33,9 @@ class ContMix(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
+    template = Template(
+        "q k^T of a token and pooled context, turned into a kernel", "softmax over the kernel", "convolution of v"
+    )
     undecayed = ("biases.0", "biases.1")
 
     def __init__(self, site: Site, kernel: int = 7, small: int = 5, context: int | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from saccade.core.record import Where
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import check_heads
 from saccade.parts.convolution import at_least, grid_conv
@@ -23,6 +24,7 @@ class SpatialReduction(nn.Module):
     """
 
     ranks, prefix, weights = (1, 2, 3), True, True
+    template = Template("q k^T / sqrt(d) to a map merged by convolution", "softmax", "sum of v, merged")
 
     def __init__(self, site: Site, reduction: int = 2, qkv_bias: bool = True) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.core.build import check_patterns
 from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.core.site import MixerFactory, Site
+from saccade.core.template import Template
 from saccade.parts.block import residual_tail
 from saccade.parts.convolution import grid_conv, on_grid
 from saccade.parts.norm import BatchNorm
@@ -39,6 +40,7 @@ class Convolution(nn.Module):
     """A dense convolution over the grid, zero-padded: (B, *grid, C) -> (B, *ceil(grid / stride), C)."""
 
     ranks = (1, 2, 3)
+    template = Template("w[j - i], a matrix an offset", "none", "sum of x")
 
     def __init__(self, site: Site, kernel: int = 3, groups: int = 1, dilation: int = 1, stride: int = 1) -> None:
         super().__init__()

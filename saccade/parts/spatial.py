@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.site import Site
+from saccade.core.template import Template
 from saccade.parts.convolution import AveragePool
 from saccade.parts.position import is_native, resample
 
@@ -16,6 +17,7 @@ class Pooling(nn.Module):
     """mean of the `kernel` x `kernel` neighbours inside the map, minus the token itself (the block adds it back)."""
 
     ranks = (1, 2, 3)
+    template = Template("1 in the window", "divided by its sum", "sum of x, less x")
 
     def __init__(self, site: Site, kernel: int = 3) -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class SpatialFc(nn.Module):
     """out = W x over positions: y[i] = sum_j W[i, j] x[j], the same for every channel. W belongs to the native grid."""
 
     ranks = (1, 2)
+    template = Template("w[i, j] of the place", "none", "sum of x")
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -72,6 +75,7 @@ class Identity(nn.Identity):
     """No mixing at all: the lower bound that a mixer has to beat."""
 
     ranks = (1, 2, 3)
+    template = Template("none: a token by itself", "none", "x")
 
     def __init__(self, site: Site) -> None:
         super().__init__()

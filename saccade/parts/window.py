@@ -57,7 +57,7 @@ class WindowAttention(nn.Module):
     """
 
     ranks, weights = (1, 2, 3), True
-    template = ("qkv", "proj")
+    projections = ("qkv", "proj")
 
     def __init__(self, site: Site, window: int | tuple[int, ...] = 7, qkv_bias: bool = True, bias: bool = True) -> None:
         super().__init__()

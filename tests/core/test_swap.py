@@ -81,7 +81,7 @@ def test_keep_weights_copies_the_projections():
 
 
 @pytest.mark.parametrize("mixer, options, message", [
-    ("pooling", {}, "Pooling at stages.1.blocks.0.mixer declares no template"),
+    ("pooling", {}, "Pooling at stages.1.blocks.0.mixer declares no projections"),
     ("neighborhood", dict(qkv_bias=False), r"qkv.bias of .* is \(192,\) in the old and missing in"),
 ])
 def test_keep_weights_names_what_is_missing_and_changes_nothing(mixer, options, message):
