@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -85,27 +85,58 @@ def export(
 
 @app.command()
 def bench(
-    names: Annotated[list[str], typer.Argument(help="Models.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Models.")] = None,
     against: Annotated[str | None, typer.Option(help="timm: race each against timm's with the same weights.")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, with commas between.")] = "1,8",
     size: Annotated[int, typer.Option(help="Image side, pixels.")] = 224,
     threads: Annotated[int, typer.Option()] = 1,
     rounds: Annotated[int, typer.Option(help="Alternating rounds; the median counts.")] = 15,
+    mixers: Annotated[str, typer.Option(help="Token mixers instead, with commas between, or all.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens for them, rising.")] = "196,784,3136,12544",
+    out: Annotated[Path | None, typer.Option(help="A page with their plot.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time and peak memory of models, alternating within one process."""
+    """Time and peak memory of models, alternating within one process; or of mixers, against the number of tokens."""
     from saccade.tools import bench as tool
     from saccade.tools.watch import Watch
 
-    if not all(part.strip().isdigit() for part in batch.split(",")):
-        raise SaccadeError(f"--batch {batch}: give numbers with commas between, as in 1,8")
+    if bool(names) == bool(mixers) or (out is not None and not mixers):
+        raise SaccadeError("give names of models, or --mixers (all, or some with commas between); --out is of mixers")
     watch = Watch(Console(stderr=True))
+    if mixers:
+        _bench_mixers(mixers, numbers("--tokens", tokens), threads, rounds, out, as_json, watch)
+        return
     with watch.bar("measuring", rounds) as bar:
         def show(text: str, done: int, total: int) -> None:
             bar.at(done * rounds / total, text)
-        rows = tool.bench(names, against=against, batch=[int(part) for part in batch.split(",")], size=size,
+        rows = tool.bench(names or [], against=against, batch=numbers("--batch", batch), size=size,
                           threads=threads, rounds=rounds, progress=show)
     if as_json:
         print_json(rows)
     else:
         console.print(tool.table(rows))
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Numbers with commas between."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise SaccadeError(f"{option} {text}: give numbers with commas between, as in 1,8")
+    return [int(part) for part in text.split(",")]
+
+
+def _bench_mixers(
+    mixers: str, tokens: list[int], threads: int, rounds: int, out: Path | None, as_json: bool, watch: Any
+) -> None:
+    from saccade.tools import lengths as tool
+
+    names = [name.strip() for name in mixers.split(",") if name.strip()]
+    with watch.bar("measuring", 1) as bar:
+        def show(text: str, done: int, total: int) -> None:
+            bar.at(done / total, text)
+        rows = tool.lengths(names, tokens, threads=threads, rounds=rounds, progress=show)
+    if out is not None:
+        tool.plot(rows, out)
+    if as_json:
+        print_json(rows)
+    else:
+        console.print(tool.table(rows, tokens))

@@ -49,7 +49,7 @@ def bench(
         raise SaccadeError(f"nothing to measure in names={list(names)}, batch={list(batch)}, size={size}, "
                            f"threads={threads}, rounds={rounds}: give at least one model, and numbers from 1")
     rows: list[dict[str, Any]] = []
-    with _threads(threads), torch.inference_mode():
+    with limited_threads(threads), torch.inference_mode():
         for group in [[name] for name in names] if against else [list(names)]:
             models, note = _models(group, against, size)
             for count in batch:
@@ -155,7 +155,7 @@ def _params(model: nn.Module) -> int:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
