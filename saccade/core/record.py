@@ -3,16 +3,23 @@
     with record(model) as r:
         model(image)
     r["stages.1.blocks.0.mixer"].dense()      # (B, heads, tokens, tokens)
+
+Modules that are not ours are watched too, by what they call of PyTorch: scaled_dot_product_attention, the attention of
+nn.MultiheadAttention, a softmax of four axes. Their tokens are numbered where they attend to all tokens of the image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from saccade.core.errors import SaccadeError
 from saccade.core.names import closest, match_modules
@@ -73,12 +80,27 @@ class Affinity:
         return ids.unflatten(0, (batch, groups))
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """A module that is running: its name (None where the pattern left it out) and the shape of its first tensor."""
+
+    name: str | None
+    module: nn.Module
+    shape: tuple[int, ...]
+
+    def tokens(self) -> tuple[int, ...]:
+        """How many tokens an image of (B, N, C), (B, H, W, C) or (B, C, H, W) can have."""
+        if len(self.shape) == 3:
+            return (self.shape[1],)
+        return (self.shape[1] * self.shape[2], self.shape[2] * self.shape[3]) if len(self.shape) == 4 else ()
+
+
 class Recording:
     """What `record` gives: the affinity of each module that computed one, by the module's name."""
 
     def __init__(self) -> None:
         self.affinities: dict[str, Affinity] = {}
-        self._running: list[str] = []
+        self._running: list[_Frame] = []
 
     def keys(self) -> list[str]:
         return list(self.affinities)
@@ -94,11 +116,68 @@ class Recording:
         return Affinity(parts)
 
     def add(self, weights: Tensor, where: Where | None) -> None:
-        if not self._running:
+        named = [frame.name for frame in self._running if not isinstance(frame.module, nn.Softmax)]
+        if not named or named[-1] is None:
             return  # a module that the pattern left out
         query, key = where() if where is not None else (None, None)
-        part = Part(weights.detach(), query, key)
-        self.affinities.setdefault(self._running[-1], Affinity()).parts.append(part)
+        self.affinities.setdefault(named[-1], Affinity()).parts.append(Part(weights.detach(), query, key))
+
+    def add_foreign(self, weights: Tensor) -> None:
+        """Weights (B', heads, Nq, Nk) that PyTorch computed; those of our own modules are noted by `attend`."""
+        frames = [frame for frame in self._running if not type(frame.module).__module__.startswith("torch.")]
+        if weights.ndim != 4 or not frames or type(frames[-1].module).__module__.startswith("saccade."):
+            return
+        count, tokens = weights.shape[-2:]
+        batch = next((frame.shape[0] for frame in self._running if frame.shape), None)
+        whole = count == tokens and weights.shape[0] == batch and any(count in frame.tokens() for frame in frames)
+        numbers = torch.arange(count, device=weights.device)[None]
+        self.add(weights, (lambda: (numbers, numbers)) if whole else None)
+
+
+class _Foreign(TorchFunctionMode):
+    """Sees the attention that modules of others compute, and changes nothing of it."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self.recording = recording
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.multi_head_attention_forward:  # the fused form inside is out of sight here
+            asked = inspect.signature(func).bind(*args, **kwargs).arguments
+            out, weights = func(**asked | {"need_weights": True, "average_attn_weights": False})
+            assert weights is not None
+            self.recording.add_foreign(weights)
+            mean = asked.get("average_attn_weights", True)
+            return out, (weights.mean(-3) if mean else weights) if asked.get("need_weights", True) else None
+        if func is F.scaled_dot_product_attention:
+            self.recording.add_foreign(_weights(*args, **kwargs))
+        out = func(*args, **kwargs)
+        if func in SOFTMAX and out.ndim == 4 and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, 3):
+            self.recording.add_foreign(out)
+        return out
+
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:
+    """The weights of a call of scaled_dot_product_attention."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    return logits.softmax(-1)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or not type(module).__module__.startswith(("saccade.", "torch."))
 
 
 _recordings: list[Recording] = []
@@ -120,20 +199,24 @@ def record(model: nn.Module, layers: str = "*") -> Iterator[Recording]:
     """Record the weights of the modules of `model` that the pattern `layers` names, in forwards inside the block."""
     result = Recording()
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda module, inputs: result._running.append(name)
+    def enter(name: str | None) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            shapes = [tuple(value.shape) for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+            result._running.append(_Frame(name, module, shapes[0] if shapes else ()))
+        return hook
 
     def leave(module: nn.Module, inputs: object, output: object) -> None:
         result._running.pop()
 
     handles = []
-    for name in match_modules(model, layers):
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(enter(name)))
+    for name in (None, *match_modules(model, layers)):
+        module = model if name is None else model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
         handles.append(module.register_forward_hook(leave, always_call=True))
     _recordings.append(result)
     try:
-        yield result
+        with _Foreign(result) if any(map(_is_foreign, model.modules())) else nullcontext():
+            yield result
     finally:
         _recordings.remove(result)
         for handle in handles:
