@@ -5,20 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 from PIL import Image
 
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
 from saccade.tools import report_figures as draw
+from saccade.tools.render import render
 from saccade.tools.report_figures import Contestant, accuracy, digits, is_blind, latency, percent, scaled
 
 plotly_io = optional("plotly.io", extra="train")
@@ -99,10 +96,8 @@ def _page(results: dict[str, Any]) -> str:
     if shown is not None:
         figures["recall"] = draw.recall(classes, seeing or finished, shown, styles)
         figures["confusion"] = draw.confusion(classes, shown["confusion"])
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "breakable": _breakable}
-    source = files("saccade.tools").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render(
+        "report.html.jinja",
         results=results,
         advice=advice,
         start=results["settings"]["start"],
@@ -183,11 +178,6 @@ def _embed(figures: dict[str, Any]) -> dict[str, str]:
         )
         for number, (name, figure) in enumerate(figures.items())
     }  # fmt: skip
-
-
-def _breakable(text: str) -> Markup:
-    """Long names may break after a joint, not in the middle of a word."""
-    return Markup("").join(escape(part) + Markup("<wbr>") * (part in "_-/.") for part in re.split(r"([_/.-])", text))
 
 
 def _title(key: str) -> str:
