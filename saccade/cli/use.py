@@ -11,7 +11,6 @@ from rich.console import Console
 import saccade
 from saccade.cli.shared import Json, app, console, print_json, table
 from saccade.core.errors import SaccadeError
-from saccade.core.index import index, paper_module, resolve_model
 
 
 @app.command()
@@ -74,9 +73,10 @@ def export(
         run = open_run(Path(what))
         model, side = run.model, size or run.img_size
     else:
+        from saccade.tools.classifiers import native_size
+
         model = saccade.create_model(what, checkpoint_path=checkpoint)
-        settings = paper_module(index()["models"][resolve_model(what)]).SIZES[resolve_model(what)]
-        side = size or settings.get("img_size", 224)
+        side = size or native_size(what)
     with console.status(f"exporting {what}"):
         found = export_onnx(model, onnx, side)
     differences = ", ".join(f"{name} differs by {value:.0e}" for name, value in found.items())

@@ -104,10 +104,15 @@ def _contestant(name: str, mixer: str | None, img_size: int) -> Contestant:
                       registered={"model": model, "options": options})
 
 
-def _from_timm(name: str, img_size: int) -> Contestant:
+def check_timm(name: str) -> None:
+    """Raise where timm has no model of that name."""
     if not timm.models.is_model(name):
         hint = closest(name, timm.list_models()) or "; timm.list_models() shows all"
         raise SaccadeError(f"timm has no model {name!r}{hint}")
+
+
+def _from_timm(name: str, img_size: int) -> Contestant:
+    check_timm(name)
 
     def build(classes: int, pretrained: bool) -> Any:
         try:

@@ -1,0 +1,45 @@
+"""`saccade explain`: a page that shows what a classifier looked at."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saccade.cli.shared import app
+
+
+@app.command()
+def explain(
+    pictures: Annotated[list[Path], typer.Argument(help="Image files, a tab each.")],
+    model: Annotated[str, typer.Option(
+        help="A registered model, a folder of `saccade train`, timm:NAME, torchvision:NAME or hf:FOLDER_OR_ID.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights: a file.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="The published weights (downloaded).")] = False,
+    method: Annotated[str, typer.Option(help="Attribution methods with commas between, or all.")] = "all",
+    target: Annotated[str | None, typer.Option(help="The class to explain, by name or number; else the first.")] = None,
+    apply: Annotated[str | None, typer.Option(help="A method that drops tokens, as in evit:keep=0.7.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
+) -> None:
+    """Why a classifier said so: one page with maps, attention, and how far to trust them."""
+    from rich.console import Console
+
+    from saccade.tools.explain import Question, write_page
+    from saccade.tools.watch import Watch
+
+    watch = Watch(Console(stderr=True))
+    question = Question(pictures, model, checkpoint, pretrained,
+                        tuple(name.strip() for name in method.split(",") if name.strip()), target, apply,
+                        f"saccade {shlex.join(sys.argv[1:])}")
+    with watch.bar("explaining", 1) as bar:
+        def show(text: str, done: int, total: int) -> None:
+            bar.at(done / total, text)
+        answer = write_page(question, out, show)
+    for entry in answer["pictures"]:
+        said = entry["target"]
+        print(f"{entry['name']}: {said['name']}, {said['probability']:.1%}; "
+              f"{sum(not one['failed'] for one in entry['maps'])} maps")
+    print(out)

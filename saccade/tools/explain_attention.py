@@ -1,0 +1,179 @@
+"""What a page needs to show where tokens look, and which tokens are left: small integers in base64, within a budget."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.attribution.classifier import token_grid
+from saccade.core.record import Affinity, Part
+from saccade.parts.host import Kept
+
+MOST_TOKENS = 2**15 - 1  # numbers of tokens are 16 bits wide
+
+
+def encoded(values: Tensor, kind: str) -> str:
+    """The values, in a little-endian type of numpy, as base64."""
+    return base64.b64encode(values.cpu().numpy().astype(f"<{kind}").tobytes()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention of a module: parts whose tokens are numbered, prefix first, then the grid row by row."""
+
+    name: str
+    parts: list[Part]
+    prefix: int
+    grid: tuple[int, int]
+
+    @property
+    def heads(self) -> int:
+        return self.parts[0].weights.shape[1]
+
+    def bytes(self, heads: int) -> int:
+        """What the layer takes on the page with so many heads: weights, the peak of each row, the numbers."""
+        total = 0
+        for part in self.parts:
+            groups, _, rows, columns = part.weights.shape
+            total += groups * heads * rows * (columns + 4) + 2 * groups * (rows + columns)
+        return total
+
+
+def layers(recorded: dict[str, Affinity], size: tuple[int, int], count: int | None) -> tuple[list[Layer], list[str]]:
+    """Those of the recorded modules whose weights can be laid on a picture of `size`, and a line on each that cannot.
+
+    `count` is the number of tokens where it is known: where tokens are dropped, the numbers left do not tell.
+    """
+    found, loose = list[Layer](), list[str]()
+    for name, affinity in recorded.items():
+        parts = [part if part.query is not None else _numbered(part, size) for part in affinity.parts]
+        placed = [part for part in parts if part is not None and part.query is not None and part.key is not None]
+        if len(placed) < len(parts) or len({part.weights.shape[1] for part in placed}) != 1:
+            loose.append(name)
+            continue
+        tokens = count or 1 + max(int(ids.max()) for part in placed for ids in (part.query, part.key))  # type: ignore
+        laid = token_grid(tokens, *size)
+        if laid is None or tokens > MOST_TOKENS:
+            loose.append(name)
+            continue
+        found.append(Layer(name, placed, *laid))
+    lines = []
+    if loose:
+        lines.append(f"{_some(loose)}: weights that do not stand between places of the picture (between channels, in "
+                     "windows of a model that is not ours, in more tokens than a page can hold).")
+    return found, lines
+
+
+def packed(found: list[Layer], budget: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The layers as plain data of at most `budget` bytes before base64, and lines on what was left out.
+
+    From the smallest on each layer gets an equal share of what is left: all heads where they fit, else their mean, else
+    nothing.
+    """
+    kept, means, out = dict[str, dict[str, Any]](), list[str](), list[str]()
+    for place, layer in enumerate(sorted(found, key=lambda one: one.bytes(one.heads))):
+        share = budget // (len(found) - place)
+        heads = next((heads for heads in (layer.heads, 1) if layer.bytes(heads) <= share), 0)
+        if heads:
+            kept[layer.name] = _plain(layer, mean=heads < layer.heads)
+            budget -= layer.bytes(heads)
+        if heads < layer.heads:
+            (means if heads else out).append(layer.name)
+    lines = [f"{_some(means)}: the mean of the heads alone, to keep the page small."] if means else []
+    lines += [f"{_some(out)}: too many weights for a page."] if out else []
+    return [kept[layer.name] for layer in found if layer.name in kept], lines
+
+
+def _plain(layer: Layer, mean: bool) -> dict[str, Any]:
+    parts = []
+    for part in layer.parts:
+        weights = part.weights.float()
+        weights = weights.mean(1, keepdim=True) if mean else weights
+        peaks = weights.amax(-1)
+        levels = (weights / peaks.clamp_min(1e-12)[..., None] * 255).round()
+        groups, heads, rows, columns = weights.shape
+        assert part.query is not None and part.key is not None
+        parts.append({"groups": groups, "heads": heads, "rows": rows, "columns": columns,
+                      "weights": encoded(levels, "u1"), "peaks": encoded(peaks, "f4"),
+                      "query": encoded(part.query.expand(groups, -1), "i2"),
+                      "key": encoded(part.key.expand(groups, -1), "i2")})
+    nearest = _nearest(layer)
+    return {"name": layer.name, "heads": layer.heads, "mean": mean, "prefix": layer.prefix, "rows": layer.grid[0],
+            "columns": layer.grid[1], "parts": parts, "nearest": None if nearest is None else encoded(nearest, "i2")}
+
+
+def _nearest(layer: Layer) -> Tensor | None:
+    """Where all tokens look at fewer, pooled ones: the pooled one that stands nearest to each place of the grid."""
+    cells = prod(layer.grid)
+    asks, seen = (torch.cat([ids.flatten() for part in layer.parts if (ids := getattr(part, side)) is not None])
+                  .unique().cpu() - layer.prefix for side in ("query", "key"))
+    asks, seen = asks[asks >= 0], seen[seen >= 0]
+    if len(seen) in (0, cells) or len(asks) < cells:
+        return None
+    width = layer.grid[1]
+    places = torch.arange(cells)
+    rows, columns = (places // width)[:, None] - seen // width, (places % width)[:, None] - seen % width
+    return seen[(rows.square() + columns.square()).argmin(1)]
+
+
+def _numbered(part: Part, size: tuple[int, int]) -> Part | None:
+    """A part of a foreign model whose tokens all look at all of a coarser grid (PVT), numbered by the grids."""
+    groups, _, rows, columns = part.weights.shape
+    fine, coarse = token_grid(rows, *size), token_grid(columns, *size)
+    if groups > 1 or rows <= columns or fine is None or coarse is None or fine[0] or coarse[0]:
+        return None
+    (height, width), (fewer_rows, fewer_columns) = fine[1], coarse[1]
+    down = (torch.arange(fewer_rows) * 2 + 1) * height // (2 * fewer_rows)
+    across = (torch.arange(fewer_columns) * 2 + 1) * width // (2 * fewer_columns)
+    key = (down[:, None] * width + across).flatten()
+    return Part(part.weights, torch.arange(rows)[None], key[None])
+
+
+@contextmanager
+def watching_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Which tokens are left behind each block on which a method of `saccade.apply` works.
+
+    Fills a list of {"name", "numbers": (N,), "count"}; the first picture of a batch counts.
+    """
+    left: list[dict[str, Any]] = []
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            kept = module.kept
+            left.append({"name": name, "numbers": kept.numbers[0].clone(), "count": kept.count})
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()
+             if isinstance(getattr(module, "kept", None), Kept)]
+    try:
+        yield left
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tokens_left(left: list[dict[str, Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The blocks, the places of the grid that are left (a byte each), how many, and how many were made of several."""
+    found = []
+    for one in left:
+        laid = token_grid(one["count"], *size)
+        if laid is None:
+            continue
+        prefix, (height, width) = laid
+        numbers = one["numbers"].cpu()
+        places = numbers[numbers >= prefix] - prefix
+        mask = torch.zeros(height * width, dtype=torch.uint8).index_fill_(0, places, 1)
+        found.append({"name": one["name"], "rows": height, "columns": width, "mask": encoded(mask, "u1"),
+                      "left": int(mask.sum()), "of": height * width, "made": int((numbers < 0).sum())})
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
