@@ -206,7 +206,7 @@ def _about(method: str) -> str:
     """The first sentence of what a method says of itself: its formula."""
     function = METHODS[method].function if method in METHODS else declared(method, "attribution")
     text = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-    return text.partition(". ")[0].rstrip(".:")
+    return text.partition(". ")[0].rstrip(".:").replace("`", "")
 
 
 def _attention(model: nn.Module, image: Tensor, budget: int) -> dict[str, Any]:

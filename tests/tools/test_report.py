@@ -18,8 +18,8 @@ from saccade.attribution.maps import as_data_uri, overlay
 from saccade.core.errors import SaccadeError
 from saccade.tools.report import duration, write_report
 from saccade.tools.report_figures import digits, frontier, scaled
+from tests.tools.browser import needs_chromium, opened
 
-CHROMIUM = Path("/usr/bin/chromium")
 CLASSES = [
     "barn owl", "<script>alert('class')</script>", "blue tit", "common kingfisher", "goshawk", "hoopoe", "jay", "7",
     "long-eared owl", "R&D <b>bold</b>", "sand martin", "wren",
@@ -269,20 +269,10 @@ def test_numbers_are_written_with_three_digits() -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium")
+@needs_chromium
 def test_in_a_browser(written: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    calm = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    calm += ["--disable-sync", "--no-first-run", "--disable-quic"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=calm)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        complaints: list[str] = []
-        requests: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(written.as_uri())
+    with opened(written) as found:
+        page = found.page
         page.wait_for_selector("#confusion-plot .main-svg")
 
         def column(number: int) -> list[str]:
@@ -314,6 +304,4 @@ def test_in_a_browser(written: Path) -> None:
         assert page.locator("#pareto-plot .errorbar").count() == 7
         page.set_viewport_size({"width": 420, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") == 420
-        assert complaints == []
-        assert all(request.startswith(("file://", "data:")) for request in requests), requests
-        browser.close()
+        assert found.is_calm_and_offline()

@@ -1,0 +1,358 @@
+"""`saccade explain`: the numbers on its page, whose models it opens, bad input, and the page in a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+import saccade
+from saccade import SaccadeError, create_model, explain, record
+from saccade.core.record import Affinity, Part
+from saccade.learn.pictures import read_image
+from saccade.tools.classifiers import UNTRAINED, open_classifier
+from saccade.tools.explain import Question, chosen_methods, collect, levels, parsed_method, write_page
+from saccade.tools.explain_attention import Layer, layers, packed
+from tests.attribution.planted import pictures as planted
+from tests.attribution.planted import trained
+from tests.test_cli import run
+from tests.tools.browser import needs_chromium, opened
+
+FAST = ("gradcam", "gradient", "occlusion", "integrated_gradients")
+KINDS = {"u1": np.uint8, "i2": np.int16, "f4": np.float32}
+
+
+def decoded(text: str, kind: str, *shape: int) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), KINDS[kind]).reshape(shape or -1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four pictures with a planted patch, named by their class, and a run that learned to see it."""
+    root = tmp_path_factory.mktemp("explain")
+    image, label, _ = planted(4, seed=0)
+    for number, (one, right) in enumerate(zip(image, label, strict=True)):
+        pixels = ((one.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(root / f"{number}-{right}.png")
+    card = {"model": "deit_nano", "options": {"num_classes": 2, "img_size": 32}, "classes": ["lying <b>", "standing"],
+            "mean": [0.5] * 3, "std": [0.5] * 3}
+    (root / "run").mkdir()
+    (root / "run" / "model.json").write_text(json.dumps(card))
+    save_file(trained("deit_nano").state_dict(), root / "run" / "weights.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def answer(folder: Path, images: list[Path]) -> dict[str, Any]:
+    return collect(Question(images[:2], str(folder / "run"), methods=FAST))
+
+
+def test_classes_are_those_of_the_run(answer: dict[str, Any], images: list[Path]) -> None:
+    for entry, path in zip(answer["pictures"], images, strict=False):
+        right = int(path.stem[-1])
+        assert entry["target"]["name"] == ["lying <b>", "standing"][right] and entry["target"]["probability"] > 0.9
+        assert entry["classes"][0] == entry["target"] and not entry["asked"]
+        assert sum(one["probability"] for one in entry["classes"]) == pytest.approx(1)
+    assert answer["model"] == "deit_nano (run)" and answer["notes"] == []
+
+
+def test_maps_are_what_explain_says(answer: dict[str, Any], folder: Path, images: list[Path]) -> None:
+    classifier = open_classifier(str(folder / "run"))
+    image = classifier.see(read_image(images[0]))[None]
+    entry = answer["pictures"][0]
+    assert [one["method"] for one in entry["maps"]] == list(FAST)
+    for one in entry["maps"]:
+        said = explain(classifier.model, image, one["method"], entry["target"]["number"])
+        values = decoded(one["values"], "u1", 32, 32).astype(float) - (128 if one["signed"] else 0)
+        assert one["signed"] == said.signed and one["failed"] is None and one["about"]
+        assert np.corrcoef(values.ravel(), said.maps[0].flatten().numpy())[0, 1] > 0.95
+        assert 0 <= one["deletion"] <= 1 and 0 <= one["insertion"] <= 1 and -1 <= one["shuffled"] <= 1
+    faithful = next(one for one in entry["maps"] if one["method"] == "occlusion")
+    assert faithful["deletion"] < entry["random"]["deletion"] and faithful["insertion"] > entry["random"]["insertion"]
+
+
+def test_levels() -> None:
+    heat = torch.linspace(-1, 3, 300).view(15, 20)
+    plain = decoded(levels(heat, signed=False)["values"], "u1", 15, 20)
+    assert plain[0, 0] == 0 and plain[-1, -1] == 255 and (np.diff(plain.ravel().astype(int)) >= 0).all()
+    both = decoded(levels(heat, signed=True)["values"], "u1", 15, 20).astype(int)
+    assert both.ravel()[75] == 128 and both[-1, -1] == 255 and 80 < both[0, 0] < 128
+    assert set(decoded(levels(torch.zeros(4, 4), True)["values"], "u1")) == {128}
+    assert set(decoded(levels(torch.ones(4, 4), False)["values"], "u1")) == {0}
+    large = levels(torch.rand(448, 300), signed=False)
+    assert (large["rows"], large["columns"]) == (224, 150)
+
+
+def laid(layer: dict[str, Any]) -> np.ndarray:
+    """The dense map that the page's numbers stand for, (heads, tokens, tokens)."""
+    tokens = layer["prefix"] + layer["rows"] * layer["columns"]
+    out = np.zeros((layer["parts"][0]["heads"], tokens, tokens))
+    for part in layer["parts"]:
+        groups, heads, rows, columns = (part[key] for key in ("groups", "heads", "rows", "columns"))
+        weights = decoded(part["weights"], "u1", groups, heads, rows, columns) / 255.0
+        weights = weights * decoded(part["peaks"], "f4", groups, heads, rows, 1)
+        query, key = decoded(part["query"], "i2", groups, rows), decoded(part["key"], "i2", groups, columns)
+        for group in range(groups):
+            for row, asks in enumerate(query[group]):
+                for column, seen in enumerate(key[group]):
+                    if asks >= 0 and seen >= 0:
+                        out[:, asks, seen] += weights[group, :, row, column]
+    return out
+
+
+@pytest.mark.parametrize("name", ["deit_nano", "swin_nano", "biformer_nano", "nat_nano", "pvt_v2_nano"])
+def test_attention_of_the_page_is_the_recorded_one(name: str) -> None:
+    torch.manual_seed(0)
+    model, image = create_model(name, num_classes=3).eval(), torch.randn(1, 3, 48, 32)
+    with record(model) as recorded, torch.no_grad():
+        model(image)
+    found, loose = layers(recorded.affinities, (48, 32), None)
+    plain, lines = packed(found, 2**22)
+    assert [layer["name"] for layer in plain] == recorded.keys() and loose == lines == []
+    for layer in plain:
+        dense, page = recorded[layer["name"]].dense()[0].numpy(), laid(layer)
+        shown = page[:, : dense.shape[1], : dense.shape[2]]
+        assert np.abs(shown - dense).max() <= 0.5 / 255 * dense.max() + 1e-6
+        assert page.sum() == pytest.approx(shown.sum())  # tokens beyond the recorded ones have nothing
+        assert layer["rows"] * 2 == layer["columns"] * 3 and layer["prefix"] == (name == "deit_nano")
+
+
+def test_pooled_tokens_stand_for_their_neighbours() -> None:
+    weights = torch.rand(1, 1, 16, 4).softmax(-1)
+    part = Part(weights, torch.arange(16)[None], torch.tensor([[0, 2, 8, 10]]))
+    (layer,), _ = packed(layers({"pooled": Affinity([part])}, (16, 16), None)[0], 10**6)
+    near = decoded(layer["nearest"], "i2", 4, 4)
+    assert set(near.ravel()) == {0, 2, 8, 10} and near[0, 0] == near[1, 0] == 0 and near[3, 3] == 10
+    foreign = Part(weights, None, None)
+    (layer,), lines = packed(layers({"pvt": Affinity([foreign])}, (16, 16), None)[0], 10**6)
+    assert lines == [] and set(decoded(layer["parts"][0]["key"], "i2")) == {5, 7, 13, 15}
+
+
+def test_what_does_not_fit_is_told() -> None:
+    def layer(name: str, heads: int, tokens: int) -> Layer:
+        ids = torch.arange(tokens)[None]
+        return Layer(name, [Part(torch.rand(1, heads, tokens, tokens).softmax(-1), ids, ids)], 0, (1, tokens))
+
+    found = [layer("small", 4, 16), layer("many heads", 16, 64), layer("huge", 1, 512)]
+    plain, lines = packed(found, 40_000)
+    assert [(one["name"], one["mean"]) for one in plain] == [("small", False), ("many heads", True)]
+    assert np.allclose(laid(plain[1])[0], found[1].parts[0].weights[0].mean(0), atol=1e-3)
+    assert lines == ["many heads: the mean of the heads alone, to keep the page small.",
+                     "huge: too many weights for a page."]
+    assert sum(len(part["weights"]) for one in plain for part in one["parts"]) < 40_000 * 4 / 3
+    channels = Affinity([Part(torch.rand(1, 2, 7, 7), None, None)])
+    none, lines = layers({"channels": channels}, (32, 32), None)
+    assert none == [] and lines[0].startswith("channels: weights that do not stand between places")
+
+
+def test_tokens_that_are_left(folder: Path, images: list[Path]) -> None:
+    question = Question(images[:1], str(folder / "run"), methods=("gradient",), applied="evit:keep=0.6,layers=(1,3)")
+    entry = collect(question)["pictures"][0]
+    assert [(one["left"], one["of"], one["made"]) for one in entry["tokens"]] == [
+        (64, 64, 0), (39, 64, 1), (39, 64, 1), (24, 64, 1), (24, 64, 1), (24, 64, 1)]
+    masks = [decoded(one["mask"], "u1", 8, 8) for one in entry["tokens"]]
+    assert [mask.sum() for mask in masks] == [64, 39, 39, 24, 24, 24]
+    assert (masks[3] <= masks[1]).all()
+    last = laid(entry["attention"][-1])[0]
+    assert ((last.sum(1)[1:] > 0) == (masks[-1].ravel() > 0)).all()  # the tokens that look are those that are left
+    assert all(layer["prefix"] == 1 and layer["rows"] == 8 for layer in entry["attention"])
+
+
+def test_a_network_without_attention_has_maps_and_a_line(images: list[Path]) -> None:
+    entry = collect(Question(images[:1], "convnext_nano", methods=("gradcam", "t_tame")))["pictures"][0]
+    assert entry["attention"] == [] and entry["tokens"] == []
+    assert entry["left_out"][0].startswith("This model computes no attention weights")
+    good, bad = entry["maps"]
+    assert good["failed"] is None and bad["failed"].startswith("t_tame") and "values" not in bad
+    with pytest.raises(SaccadeError, match="no method gives a map: t_tame"):
+        collect(Question(images[:1], "convnext_nano", methods=("t_tame",)))
+
+
+def test_an_asked_class_is_explained(folder: Path, images: list[Path]) -> None:
+    for target in ("1", "standing"):
+        entry = collect(Question(images[:1], str(folder / "run"), methods=("gradient",), target=target))["pictures"][0]
+        assert entry["target"]["number"] == 1 and entry["asked"]
+    assert entry["target"]["probability"] == pytest.approx(
+        next(one["probability"] for one in entry["classes"] if one["number"] == 1))
+
+
+def test_classifiers_of_others_with_their_preprocessing(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    vit = open_classifier("timm:vit_tiny_patch16_224")
+    settings = timm.data.resolve_model_data_config(vit.model)
+    assert vit.mean == settings["mean"] == (0.5, 0.5, 0.5) and vit.notes == (UNTRAINED,)
+    assert torch.equal(vit.see(picture), timm.data.create_transform(**settings)(picture))
+    assert vit.shown(vit.see(picture)).size == (224, 224) and vit.class_name(7) == "class 7"
+    net = open_classifier("torchvision:shufflenet_v2_x0_5")
+    assert net.see(picture).shape == (3, 224, 224) and net.classes is None and not net.model.training
+
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                    image_size=32, patch_size=8, id2label={0: "owl", 1: "wren", 2: "jay"})
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "bare")
+    bare = open_classifier(f"hf:{tmp_path / 'bare'}")
+    assert bare.classes == ["owl", "wren", "jay"] and "no preprocessing" in bare.notes[0]
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3)
+    processor.save_pretrained(tmp_path / "bare")
+    whole = open_classifier(f"hf:{tmp_path / 'bare'}")
+    assert whole.mean == (0.4,) * 3 and whole.notes == ()
+    assert torch.equal(whole.see(picture), processor(picture, return_tensors="pt")["pixel_values"][0])
+    picture.save(tmp_path / "a.png")
+    entry = collect(Question([tmp_path / "a.png"], f"hf:{tmp_path / 'bare'}", methods=("gradient",)))["pictures"][0]
+    assert [(one["name"], one["rows"], one["prefix"]) for one in entry["attention"]] == [
+        ("vit.layers.0.attention", 4, 1), ("vit.layers.1.attention", 4, 1)]
+    assert entry["target"]["name"] in config.id2label.values()
+
+
+def test_a_checkpoint_of_timm_brings_its_classes(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=5)
+    save_file(model.state_dict(), tmp_path / "five.safetensors")
+    found = open_classifier("timm:resnet10t", tmp_path / "five.safetensors")
+    assert torch.equal(found.model.fc.weight, model.fc.weight) and found.notes == ()
+    with pytest.raises(SaccadeError, match="five.safetensors does not fit timm:resnet18: .*Missing"):
+        open_classifier("timm:resnet18", tmp_path / "five.safetensors")
+
+
+def test_text_of_options() -> None:
+    assert parsed_method("evit") == ("evit", {})
+    assert parsed_method("evit:keep=0.6,layers=(1,3)") == ("evit", {"keep": 0.6, "layers": (1, 3)})
+    assert chosen_methods(["all"]) == chosen_methods([]) == saccade.list_explainers()
+    for wrong in ("evit:0.6", "evit:keep=", "evit:keep=open('x')", "evit:keep=0.6)+f("):
+        with pytest.raises(SaccadeError, match="give METHOD or METHOD:OPTION=VALUE"):
+            parsed_method(wrong)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["missing.png", "--model", "deit_nano"], "missing.png: cannot be decoded (No such file or directory)"),
+    (["PICTURE", "--model", "deit_nono"], "no model 'deit_nono'; did you mean"),
+    (["PICTURE", "--model", "timm:resnet1"], "timm has no model 'resnet1'; did you mean"),
+    (["PICTURE", "--model", "torchvision:resnet1"], "torchvision has no classifier 'resnet1'; did you mean"),
+    (["PICTURE", "--model", "hf:FOLDER"], "cannot be opened"),
+    (["PICTURE", "--model", "FOLDER"], "holds no finished run"),
+    (["PICTURE", "--model", "RUN", "--pretrained"], "its own weights"),
+    (["PICTURE", "--model", "deit_nano", "--method", "gradcum"], "'gradcum'; did you mean gradcam"),
+    (["PICTURE", "--model", "deit_nano", "--target", "1000"], "the model has the classes 0 to 999"),
+    (["PICTURE", "--model", "RUN", "--target", "standin"], "no class 'standin'; did you mean standing"),
+    (["PICTURE", "--model", "convnext_nano", "--apply", "evit"], "needs a plain vision transformer"),
+    (["PICTURE", "--model", "hat_nano_x2"], "only a classifier"),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments, says, capsys, folder, images, tmp_path) -> None:
+    places = {"PICTURE": images[0], "RUN": folder / "run", "FOLDER": tmp_path, "hf:FOLDER": f"hf:{tmp_path}"}
+    out = tmp_path / "page.html"
+    code, _, error = run(capsys, "explain", *(places.get(one, one) for one in arguments), "--out", out)
+    assert code == 2 and says in error and error.startswith("saccade: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path, images: list[Path]) -> Path:
+    out = folder / "deep" / "page.html"
+    write_page(Question(images[:2], str(folder / "run"), methods=(*FAST, "t_tame"), applied="evit:keep=0.6,layers=(3,)",
+                        command="saccade explain '<script>'"), out)
+    return out
+
+
+def test_the_command_writes_a_page_that_loads_nothing(capsys, folder, images) -> None:
+    out = folder / "cli.html"
+    code, said, _ = run(capsys, "explain", *images[:2], "--model", folder / "run", "--method", "gradient,gradcam",
+                        "--out", out)
+    assert code == 0 and said.splitlines()[-1] == str(out)
+    assert re.search(r"^0-\d.png: (standing|lying <b>), \d+\.\d%; 2 maps$", said.splitlines()[0])
+    text = out.read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|url\(|@import", text) and "default-src 'none'" in text
+    assert "lying <b>" not in text and len(text) < 700_000
+    assert f"saccade explain {images[0]}" in text
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_in_a_browser(page: Path) -> None:
+    with opened(page) as found:
+        seen = found.page
+
+        def canvas(place: str) -> str:
+            return seen.evaluate(f"document.querySelector({place!r}).toDataURL()")
+
+        def names(place: str) -> list[str]:
+            return [" ".join(text.split()) for text in seen.locator(f"{place} > *").all_inner_texts()]
+
+        assert seen.locator("h1").inner_text().split(",")[0] in ("lying <b>", "standing")
+        assert sorted(names("#methods")) == ["gradcam", "gradient", "integrated gradients", "occlusion"]
+        assert names("#failed")[0].startswith("t_tame")
+        first = canvas("#map canvas")
+        seen.locator("#methods button").nth(2).click()
+        assert canvas("#map canvas") != first
+        assert seen.locator("#methods [aria-pressed=true]").count() == 1
+        assert seen.locator("#scores tr.chosen th").inner_text() == seen.locator("#method").inner_text()
+        seen.locator("#scores tbody tr").first.click()
+        assert canvas("#map canvas") == first
+
+        strength = "getComputedStyle(document.querySelector('#map canvas')).opacity"
+        assert seen.evaluate(strength) == "0.9"
+        seen.locator("#map-strength").fill("25")
+        assert seen.evaluate(strength) == "0.25"
+        assert "grayscale(0.25)" in seen.evaluate("getComputedStyle(document.querySelector('#map img')).filter")
+
+        box = seen.locator("#places .frame")
+        box.scroll_into_view_if_needed()
+        edge = box.bounding_box()
+
+        def point(x: float, y: float, act: Any = None) -> str:
+            (act or seen.mouse.move)(edge["x"] + x * edge["width"], edge["y"] + y * edge["height"])
+            return seen.locator("#places").get_attribute("data-token")
+
+        seen.locator("#layers button").nth(1).click()
+        assert point(0.05, 0.05) == "1"
+        corner, small = canvas("#places canvas"), canvas("#layers > :first-child canvas")
+        assert point(0.95, 0.05) == "8" and point(0.95, 0.95) == "64"
+        assert canvas("#places canvas") != corner and canvas("#layers > :first-child canvas") != small
+        assert "row 8, column 8 looks most at" in seen.locator("#reading").inner_text()
+        assert point(0.05, 0.05) == "1" and canvas("#places canvas") == corner
+        point(0.05, 0.05, seen.mouse.click)
+        assert point(0.5, 0.5) == "1"  # held
+        point(0.5, 0.5, seen.mouse.click)
+        assert point(0.5, 0.5) == "37"
+        box.press("ArrowLeft")
+        assert seen.locator("#places").get_attribute("data-token") == "36"
+        seen.get_by_role("button", name="class token").click()
+        assert seen.locator("#places").get_attribute("data-token") == "0"
+        assert "The class token looks most at" in seen.locator("#reading").inner_text()
+        mean = canvas("#places canvas")
+        seen.locator("#heads button").nth(2).click()
+        assert canvas("#places canvas") != mean and names("#heads") == ["mean", "head 1", "head 2"]
+        seen.locator("#layers button").nth(5).click()
+        assert names("#tokens")[3] == "blocks.3: 39 of 64 and 1 made of several"
+
+        seen.get_by_role("tab").nth(1).click()
+        assert "1-" in seen.locator("h1 span").inner_text() and canvas("#map canvas") != first
+        seen.set_viewport_size({"width": 420, "height": 900})
+        assert seen.evaluate("document.documentElement.scrollWidth") == 420
+        assert found.is_calm_and_offline()
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_light_and_dark_differ_and_can_be_read(page: Path) -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        with opened(page, scheme=scheme) as found:
+            ground, ink = (found.page.evaluate(f"getComputedStyle(document.body).{key}") for key in
+                           ("backgroundColor", "color"))
+            bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (ground, ink)]
+            assert abs(bright[0] - bright[1]) > 0.6
+            grounds.append(bright[0])
+    assert grounds[0] > 0.9 and grounds[1] < 0.2
