@@ -214,7 +214,7 @@ def _attention(model: nn.Module, image: Tensor, budget: int) -> dict[str, Any]:
     size = (image.shape[2], image.shape[3])
     with torch.no_grad(), record(model) as recorded, watching_kept(model) as left:
         model(image)
-    found, left_out = layers(recorded.affinities, size, left[0]["count"] if left else None)
+    found, left_out = layers(model, recorded.affinities, size, left[0]["count"] if left else None)
     plain, lines = packed(found, budget)
     why = [] if recorded.affinities else [NO_ATTENTION]
     return {"attention": plain, "left_out": [*why, *left_out, *lines], "tokens": tokens_left(left, size)}

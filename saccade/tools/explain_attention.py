@@ -46,14 +46,17 @@ class Layer:
         return total
 
 
-def layers(recorded: dict[str, Affinity], size: tuple[int, int], count: int | None) -> tuple[list[Layer], list[str]]:
-    """Those of the recorded modules whose weights can be laid on a picture of `size`, and a line on each that cannot.
+def layers(
+    model: nn.Module, recorded: dict[str, Affinity], size: tuple[int, int], count: int | None = None
+) -> tuple[list[Layer], list[str]]:
+    """Those of the recorded modules whose weights can be laid on a picture of `size`, and a line on those that cannot.
 
     `count` is the number of tokens where it is known: where tokens are dropped, the numbers left do not tell.
     """
     found, loose = list[Layer](), list[str]()
     for name, affinity in recorded.items():
-        parts = [part if part.query is not None else _numbered(part, size) for part in affinity.parts]
+        parts = [part if part.query is not None else _pooled(part, size) or _windows(part, size, model, name)
+                 for part in affinity.parts]
         placed = [part for part in parts if part is not None and part.query is not None and part.key is not None]
         if len(placed) < len(parts) or len({part.weights.shape[1] for part in placed}) != 1:
             loose.append(name)
@@ -67,7 +70,7 @@ def layers(recorded: dict[str, Affinity], size: tuple[int, int], count: int | No
     lines = []
     if loose:
         lines.append(f"{_some(loose)}: weights that do not stand between places of the picture (between channels, in "
-                     "windows of a model that is not ours, in more tokens than a page can hold).")
+                     "windows of a model that does not say where they lie, between more tokens than a page holds).")
     return found, lines
 
 
@@ -123,7 +126,7 @@ def _nearest(layer: Layer) -> Tensor | None:
     return seen[(rows.square() + columns.square()).argmin(1)]
 
 
-def _numbered(part: Part, size: tuple[int, int]) -> Part | None:
+def _pooled(part: Part, size: tuple[int, int]) -> Part | None:
     """A part of a foreign model whose tokens all look at all of a coarser grid (PVT), numbered by the grids."""
     groups, _, rows, columns = part.weights.shape
     fine, coarse = token_grid(rows, *size), token_grid(columns, *size)
@@ -134,6 +137,42 @@ def _numbered(part: Part, size: tuple[int, int]) -> Part | None:
     across = (torch.arange(fewer_columns) * 2 + 1) * width // (2 * fewer_columns)
     key = (down[:, None] * width + across).flatten()
     return Part(part.weights, torch.arange(rows)[None], key[None])
+
+
+def _windows(part: Part, size: tuple[int, int], model: nn.Module, name: str) -> Part | None:
+    """A part of a foreign model that says window_size and shift_size, as Swin in timm, torchvision and transformers.
+
+    The map, padded below and at the right, was rolled by the shift and cut into windows row by row.
+    """
+    groups, _, rows, columns = part.weights.shape
+    window, shift = (_said(model, name, attribute) for attribute in ("window_size", "shift_size"))
+    if window is None or shift is None or not rows == columns == prod(window):
+        return None
+    for stride in (1, 2, 4, 8, 16, 32):
+        grid = [-(-side // stride) for side in size]
+        count = [-(-side // of) for side, of in zip(grid, window, strict=True)]
+        if prod(count) == groups:
+            break
+    else:
+        return None
+    down, across = (  # windows x places in a window; a map of one window is not rolled
+        (torch.arange(many * of) + (roll if many > 1 else 0)).remainder(many * of).view(many, of)
+        for many, of, roll in zip(count, window, shift, strict=True))
+    y, x = down[:, None, :, None], across[None, :, None, :]
+    numbers = torch.where((y < grid[0]) & (x < grid[1]), y * grid[1] + x, -1).flatten(2).flatten(0, 1)
+    return Part(part.weights, numbers, numbers)
+
+
+def _said(model: nn.Module, name: str, attribute: str) -> tuple[int, int] | None:
+    """A pair that a module, or the nearest around it, says by that name."""
+    while name:
+        value = getattr(model.get_submodule(name), attribute, None)
+        if isinstance(value, int):
+            return value, value
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return int(value[0]), int(value[1])
+        name = name.rpartition(".")[0]
+    return None
 
 
 @contextmanager

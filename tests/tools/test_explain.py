@@ -25,6 +25,7 @@ from saccade.tools.explain import Question, chosen_methods, collect, levels, par
 from saccade.tools.explain_attention import Layer, layers, packed
 from tests.attribution.planted import pictures as planted
 from tests.attribution.planted import trained
+from tests.integrations.test_hosts import SWINS
 from tests.test_cli import run
 from tests.tools.browser import needs_chromium, opened
 
@@ -121,7 +122,7 @@ def test_attention_of_the_page_is_the_recorded_one(name: str) -> None:
     model, image = create_model(name, num_classes=3).eval(), torch.randn(1, 3, 48, 32)
     with record(model) as recorded, torch.no_grad():
         model(image)
-    found, loose = layers(recorded.affinities, (48, 32), None)
+    found, loose = layers(model, recorded.affinities, (48, 32))
     plain, lines = packed(found, 2**22)
     assert [layer["name"] for layer in plain] == recorded.keys() and loose == lines == []
     for layer in plain:
@@ -135,12 +136,52 @@ def test_attention_of_the_page_is_the_recorded_one(name: str) -> None:
 def test_pooled_tokens_stand_for_their_neighbours() -> None:
     weights = torch.rand(1, 1, 16, 4).softmax(-1)
     part = Part(weights, torch.arange(16)[None], torch.tensor([[0, 2, 8, 10]]))
-    (layer,), _ = packed(layers({"pooled": Affinity([part])}, (16, 16), None)[0], 10**6)
+    (layer,), _ = packed(layers(torch.nn.Module(), {"pooled": Affinity([part])}, (16, 16))[0], 10**6)
     near = decoded(layer["nearest"], "i2", 4, 4)
     assert set(near.ravel()) == {0, 2, 8, 10} and near[0, 0] == near[1, 0] == 0 and near[3, 3] == 10
     foreign = Part(weights, None, None)
-    (layer,), lines = packed(layers({"pvt": Affinity([foreign])}, (16, 16), None)[0], 10**6)
+    (layer,), lines = packed(layers(torch.nn.Module(), {"pvt": Affinity([foreign])}, (16, 16))[0], 10**6)
     assert lines == [] and set(decoded(layer["parts"][0]["key"], "i2")) == {5, 7, 13, 15}
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_windows_of_hosts_lie_where_a_token_has_an_effect(name: str) -> None:
+    """A token changes exactly those that attend to it; the block is shifted, torchvision's map is padded too."""
+    torch.manual_seed(0)
+    host = SWINS[name][0]().eval()
+    block = {"timm Swin": "layers.0.blocks.1", "torchvision Swin": "features.1.1",
+             "transformers Swin": "swin.encoder.layers.0.blocks.1"}[name]
+    height, width = (60, 52) if name == "torchvision Swin" else (64, 64)
+    image = torch.randn(1, 3, height, width)
+    with record(host, f"{block}.*") as recorded, torch.no_grad():
+        host(image)
+    (layer,), loose = layers(host, recorded.affinities, (height, width))
+    assert loose == [] and layer.grid == (height // 4, width // 4) and layer.prefix == 0
+    dense = Affinity(layer.parts).dense()[0].mean(0)
+    for token in (0, 37, 18, height * width // 16 - 1):
+        before, after = (effect(host, block, image, place) for place in (None, token))
+        changed = (before - after).abs().amax(-1) > 1e-7
+        assert torch.equal(changed, dense[:, token] > 1e-6), token
+
+
+def effect(host: torch.nn.Module, block: str, image: torch.Tensor, token: int | None) -> torch.Tensor:
+    """What a block gives, (tokens, C), where one of the tokens that it is given is changed."""
+    seen: list[torch.Tensor] = []
+
+    def change(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0].clone()
+        if token is not None:
+            x.view(-1, x.shape[-1])[token] += torch.linspace(-1, 1, x.shape[-1])
+        return (x, *inputs[1:])
+
+    module = host.get_submodule(block)
+    hooks = [module.register_forward_pre_hook(change), module.register_forward_hook(
+        lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output))]
+    with torch.no_grad():
+        host(image)
+    for hook in hooks:
+        hook.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
 
 
 def test_what_does_not_fit_is_told() -> None:
@@ -156,8 +197,8 @@ def test_what_does_not_fit_is_told() -> None:
                      "huge: too many weights for a page."]
     assert sum(len(part["weights"]) for one in plain for part in one["parts"]) < 40_000 * 4 / 3
     channels = Affinity([Part(torch.rand(1, 2, 7, 7), None, None)])
-    none, lines = layers({"channels": channels}, (32, 32), None)
-    assert none == [] and lines[0].startswith("channels: weights that do not stand between places")
+    none, lines = layers(torch.nn.Sequential(torch.nn.Identity()), {"0": channels}, (32, 32))
+    assert none == [] and lines[0].startswith("0: weights that do not stand between places")
 
 
 def test_tokens_that_are_left(folder: Path, images: list[Path]) -> None:
