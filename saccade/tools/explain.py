@@ -32,6 +32,7 @@ from saccade.tools.explain_attention import encoded, layers, packed, tokens_left
 from saccade.tools.render import render
 
 TOP = 5  # classes shown
+STEPS = 16  # of deletion and insertion: forwards of the model, twice a method
 SIDE = 224  # pixels of a map's longer side on the page; larger ones are averaged down
 BUDGET = 6 * 2**20  # bytes of attention on a page, before base64
 CLIPPED = 0.995  # of a map's values set its scale: a few bright pixels would hide the rest
@@ -155,17 +156,19 @@ def _maps(
             said = explain(model, image, method, target)
             if not said.maps.isfinite().all():
                 raise SaccadeError("its map is not finite")
+            if said.maps.max() == said.maps.min():
+                raise SaccadeError("its map is the same everywhere")
             entry |= {"about": _about(method), "signed": said.signed, "seconds": said.seconds,
                       **levels(said.maps[0], said.signed)}
-            entry |= {"deletion": float(deletion(model, image, said.maps, wanted)),
-                      "insertion": float(insertion(model, image, said.maps, wanted)),
+            entry |= {"deletion": float(deletion(model, image, said.maps, wanted, STEPS)),
+                      "insertion": float(insertion(model, image, said.maps, wanted, STEPS)),
                       "shuffled": _follows(mixed, image, method, target, said.maps)}
         except Exception as error:  # one method, or one model that it does not suit, does not stop the page
             entry["failed"] = f"{method}: {reason(error)}".replace(f"{method}: {method}", method)
         maps.append(entry)
     order = torch.rand(image.shape[2:], generator=torch.Generator().manual_seed(0))[None]
-    return {"maps": maps, "random": {"deletion": float(deletion(model, image, order, wanted)),
-                                     "insertion": float(insertion(model, image, order, wanted))}}
+    return {"maps": maps, "random": {"deletion": float(deletion(model, image, order, wanted, STEPS)),
+                                     "insertion": float(insertion(model, image, order, wanted, STEPS))}}
 
 
 def levels(heat: Tensor, signed: bool) -> dict[str, Any]:
