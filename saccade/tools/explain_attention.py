@@ -113,17 +113,33 @@ def _plain(layer: Layer, mean: bool) -> dict[str, Any]:
 
 
 def _nearest(layer: Layer) -> Tensor | None:
-    """Where all tokens look at fewer, pooled ones: the pooled one that stands nearest to each place of the grid."""
-    cells = prod(layer.grid)
+    """Where all tokens look at pooled ones: for each place of the grid the number of the one that stands for it, or -1.
+
+    Pooled tokens leave rows and columns free at even distances; tokens that routing never chose do not.
+    """
+    height, width = layer.grid
     asks, seen = (torch.cat([ids.flatten() for part in layer.parts if (ids := getattr(part, side)) is not None])
                   .unique().cpu() - layer.prefix for side in ("query", "key"))
     asks, seen = asks[asks >= 0], seen[seen >= 0]
-    if len(seen) in (0, cells) or len(asks) < cells:
+    if not len(seen) or len(asks) < height * width:
         return None
-    width = layer.grid[1]
-    places = torch.arange(cells)
-    rows, columns = (places // width)[:, None] - seen // width, (places % width)[:, None] - seen % width
-    return seen[(rows.square() + columns.square()).argmin(1)]
+    rows, columns = _nearest_of(seen // width, height), _nearest_of(seen % width, width)
+    if rows is None and columns is None:
+        return None
+    rows, columns = (torch.arange(length) if found is None else found
+                     for found, length in ((rows, height), (columns, width)))
+    return torch.where((rows[:, None] < 0) | (columns < 0), -1, rows[:, None] * width + columns)
+
+
+def _nearest_of(taken: Tensor, length: int) -> Tensor | None:
+    """For each place of an axis the nearest that is taken, -1 where that is far; None where neighbours are taken."""
+    taken = taken.unique()
+    step = int(taken.diff().min()) if len(taken) > 1 else length
+    if step == 1:
+        return None
+    away = (torch.arange(length)[:, None] - taken).abs()
+    distance, place = away.min(1)
+    return torch.where(2 * distance <= step + 1, taken[place], -1) if len(taken) > 1 else taken.expand(length)
 
 
 def _pooled(part: Part, size: tuple[int, int]) -> Part | None:

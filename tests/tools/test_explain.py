@@ -139,6 +139,12 @@ def test_pooled_tokens_stand_for_their_neighbours() -> None:
     (layer,), _ = packed(layers(torch.nn.Module(), {"pooled": Affinity([part])}, (16, 16))[0], 10**6)
     near = decoded(layer["nearest"], "i2", 4, 4)
     assert set(near.ravel()) == {0, 2, 8, 10} and near[0, 0] == near[1, 0] == 0 and near[3, 3] == 10
+    routed = Part(weights[..., :3], torch.arange(16)[None], torch.tensor([[0, 2, 8]]))  # 10 was never chosen
+    (layer,), _ = packed(layers(torch.nn.Module(), {"routed": Affinity([routed])}, (16, 16))[0], 10**6)
+    assert (decoded(layer["nearest"], "i2", 4, 4) == near).all()
+    unpooled = Part(weights, torch.arange(16)[None], torch.tensor([[0, 1, 4, 5]]))
+    (layer,), _ = packed(layers(torch.nn.Module(), {"unpooled": Affinity([unpooled])}, (16, 16))[0], 10**6)
+    assert layer["nearest"] is None
     foreign = Part(weights, None, None)
     (layer,), lines = packed(layers(torch.nn.Module(), {"pvt": Affinity([foreign])}, (16, 16))[0], 10**6)
     assert lines == [] and set(decoded(layer["parts"][0]["key"], "i2")) == {5, 7, 13, 15}
