@@ -16,6 +16,7 @@ from saccade.attribution.classifier import token_grid
 from saccade.core.record import Affinity, Part
 from saccade.parts.host import Kept
 
+MOST_PREFIX = 5  # a class token and four registers; more are a wrong guess, where tokens were dropped
 MOST_TOKENS = 2**15 - 1  # numbers of tokens are 16 bits wide
 
 
@@ -57,21 +58,38 @@ def layers(
     for name, affinity in recorded.items():
         parts = [part if part.query is not None else _pooled(part, size) or _windows(part, size, model, name)
                  for part in affinity.parts]
-        placed = [part for part in parts if part is not None and part.query is not None and part.key is not None]
-        if len(placed) < len(parts) or len({part.weights.shape[1] for part in placed}) != 1:
+        placed = [part for part in parts if part is not None and _is_placed(part)]
+        laid = None
+        if len(placed) == len(parts) and len({part.weights.shape[1] for part in placed}) == 1:
+            laid = _laid(placed, size, count, found[-1] if found else None)
+        if laid is None or laid[0] + prod(laid[1]) > MOST_TOKENS:
             loose.append(name)
-            continue
-        tokens = count or 1 + max(int(ids.max()) for part in placed for ids in (part.query, part.key))  # type: ignore
-        laid = token_grid(tokens, *size)
-        if laid is None or tokens > MOST_TOKENS:
-            loose.append(name)
-            continue
-        found.append(Layer(name, placed, *laid))
+        else:
+            found.append(Layer(name, placed, *laid))
     lines = []
     if loose:
         lines.append(f"{_some(loose)}: weights that do not stand between places of the picture (between channels, in "
                      "windows of a model that does not say where they lie, between more tokens than a page holds).")
     return found, lines
+
+
+def _is_placed(part: Part) -> bool:
+    return all(ids is not None and len(ids) == len(part.weights) for ids in (part.query, part.key))
+
+
+def _laid(
+    parts: list[Part], size: tuple[int, int], count: int | None, before: Layer | None
+) -> tuple[int, tuple[int, int]] | None:
+    """Prefix and grid of the tokens that parts number: where some were dropped, those of the layer before."""
+    numbers = torch.cat([ids.flatten() for part in parts for ids in (part.query, part.key) if ids is not None]).unique()
+    tokens = count or 1 + int(numbers.max())
+    laid = token_grid(tokens, *size)
+    dropped = count is None and int((numbers >= 0).sum()) < tokens
+    if not dropped and (laid is None or laid[0] <= MOST_PREFIX):
+        return laid
+    if before is not None and before.prefix + prod(before.grid) >= tokens:
+        return before.prefix, before.grid
+    return laid if laid is not None and laid[0] <= MOST_PREFIX else None
 
 
 def packed(found: list[Layer], budget: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -105,8 +123,7 @@ def _plain(layer: Layer, mean: bool) -> dict[str, Any]:
         assert part.query is not None and part.key is not None
         parts.append({"groups": groups, "heads": heads, "rows": rows, "columns": columns,
                       "weights": encoded(levels, "u1"), "peaks": encoded(peaks, "f4"),
-                      "query": encoded(part.query.expand(groups, -1), "i2"),
-                      "key": encoded(part.key.expand(groups, -1), "i2")})
+                      "query": encoded(part.query, "i2"), "key": encoded(part.key, "i2")})
     nearest = _nearest(layer)
     return {"name": layer.name, "heads": layer.heads, "mean": mean, "prefix": layer.prefix, "rows": layer.grid[0],
             "columns": layer.grid[1], "parts": parts, "nearest": None if nearest is None else encoded(nearest, "i2")}

@@ -202,6 +202,11 @@ def test_what_does_not_fit_is_told() -> None:
     assert lines == ["many heads: the mean of the heads alone, to keep the page small.",
                      "huge: too many weights for a page."]
     assert sum(len(part["weights"]) for one in plain for part in one["parts"]) < 40_000 * 4 / 3
+    many = torch.arange(64)[None]
+    few = Part(torch.rand(1, 2, 40, 40), many[:, 5:45], many[:, 5:45])  # where tokens were dropped, the last too
+    whole = Part(torch.rand(1, 2, 64, 64), many, many)
+    found, _ = layers(torch.nn.Module(), {"whole": Affinity([whole]), "few": Affinity([few])}, (32, 32))
+    assert [(one.prefix, one.grid) for one in found] == [(0, (8, 8))] * 2
     channels = Affinity([Part(torch.rand(1, 2, 7, 7), None, None)])
     none, lines = layers(torch.nn.Sequential(torch.nn.Identity()), {"0": channels}, (32, 32))
     assert none == [] and lines[0].startswith("0: weights that do not stand between places")
