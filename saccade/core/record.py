@@ -123,15 +123,26 @@ class Recording:
         self.affinities.setdefault(named[-1], Affinity()).parts.append(Part(weights.detach(), query, key))
 
     def add_foreign(self, weights: Tensor) -> None:
-        """Weights (B', heads, Nq, Nk) that PyTorch computed; those of our own modules are noted by `attend`."""
-        frames = [frame for frame in self._running if not type(frame.module).__module__.startswith("torch.")]
-        if weights.ndim != 4 or not frames or type(frames[-1].module).__module__.startswith("saccade."):
+        """Weights (B', heads, Nq, Nk) that PyTorch computed; those of our own code are noted by `attend`."""
+        if weights.ndim != 4 or _ours_calls():
             return
         count, tokens = weights.shape[-2:]
         batch = next((frame.shape[0] for frame in self._running if frame.shape), None)
-        whole = count == tokens and weights.shape[0] == batch and any(count in frame.tokens() for frame in frames)
+        whole = count == tokens and weights.shape[0] == batch and any(count in one.tokens() for one in self._running)
         numbers = torch.arange(count, device=weights.device)[None]
         self.add(weights, (lambda: (numbers, numbers)) if whole else None)
+
+
+def _ours_calls() -> bool:
+    """Whether our own code, and nobody's beside PyTorch's between, calls what is running."""
+    frame, name = inspect.currentframe(), __name__
+    while frame is not None and (name == __name__ or name.startswith("torch.")):
+        frame = frame.f_back
+        name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.startswith(OWN)
+
+
+OWN = ("saccade.ops.", "saccade.parts.", "saccade.papers.")
 
 
 class _Foreign(TorchFunctionMode):
