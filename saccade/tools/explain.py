@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,12 @@ def write_page(question: Question, path: Path, progress: Progress = lambda text,
 
     Raises SaccadeError for what cannot be used: a picture, model, method or class, and where no method gives a map.
     """
-    answer = collect(question, progress)
-    data = json.dumps(answer, separators=(",", ":")).replace("<", "\\u003c")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # told before the work, not after it
+        answer = collect(question, progress)
+        data = json.dumps(answer, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         write_whole(path, render("explain.html.jinja", answer=answer, data=Markup(data)))
     except OSError as error:
         raise SaccadeError(f"{path} cannot be written ({error.strerror}): choose another --out") from error
@@ -132,6 +136,8 @@ def _classes(classifier: Classifier, image: Tensor, asked: int | None) -> dict[s
     """The most probable classes, and the one that is explained: asked for, else the first."""
     with torch.no_grad():
         chances = scores(classifier.model, image)[0].softmax(0)
+    if not chances.isfinite().all():
+        raise SaccadeError(f"the scores of {classifier.name} are not finite: are these its weights?")
     if asked is not None and asked >= len(chances):
         raise SaccadeError(f"--target {asked}: the model has the classes 0 to {len(chances) - 1}")
 
@@ -160,15 +166,20 @@ def _maps(
                 raise SaccadeError("its map is the same everywhere")
             entry |= {"about": _about(method), "signed": said.signed, "seconds": said.seconds,
                       **levels(said.maps[0], said.signed)}
-            entry |= {"deletion": float(deletion(model, image, said.maps, wanted, STEPS)),
-                      "insertion": float(insertion(model, image, said.maps, wanted, STEPS)),
+            entry |= {**_faithful(model, image, said.maps, wanted),
                       "shuffled": _follows(mixed, image, method, target, said.maps)}
         except Exception as error:  # one method, or one model that it does not suit, does not stop the page
             entry["failed"] = f"{method}: {reason(error)}".replace(f"{method}: {method}", method)
         maps.append(entry)
     order = torch.rand(image.shape[2:], generator=torch.Generator().manual_seed(0))[None]
-    return {"maps": maps, "random": {"deletion": float(deletion(model, image, order, wanted, STEPS)),
-                                     "insertion": float(insertion(model, image, order, wanted, STEPS))}}
+    return {"maps": maps, "random": _faithful(model, image, order, wanted)}
+
+
+def _faithful(model: nn.Module, image: Tensor, maps: Tensor, target: Tensor) -> dict[str, float]:
+    found = {score.__name__: float(score(model, image, maps, target, STEPS)) for score in (deletion, insertion)}
+    if not all(map(isfinite, found.values())):
+        raise SaccadeError("the scores of changed pictures are not finite")
+    return found
 
 
 def levels(heat: Tensor, signed: bool) -> dict[str, Any]:

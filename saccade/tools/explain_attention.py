@@ -115,7 +115,7 @@ def packed(found: list[Layer], budget: int) -> tuple[list[dict[str, Any]], list[
 def _plain(layer: Layer, mean: bool) -> dict[str, Any]:
     parts = []
     for part in layer.parts:
-        weights = part.weights.float()
+        weights = part.weights.float().nan_to_num()
         weights = weights.mean(1, keepdim=True) if mean else weights
         peaks = weights.amax(-1)
         levels = (weights / peaks.clamp_min(1e-12)[..., None] * 255).round()

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
+from markupsafe import Markup
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +24,7 @@ from saccade.learn.pictures import read_image
 from saccade.tools.classifiers import UNTRAINED, open_classifier
 from saccade.tools.explain import Question, chosen_methods, collect, levels, parsed_method, write_page
 from saccade.tools.explain_attention import Layer, layers, packed
+from saccade.tools.render import render
 from tests.attribution.planted import pictures as planted
 from tests.attribution.planted import trained
 from tests.integrations.test_hosts import SWINS
@@ -307,7 +309,23 @@ def test_bad_input_is_one_line(arguments, says, capsys, folder, images, tmp_path
     out = tmp_path / "page.html"
     code, _, error = run(capsys, "explain", *(places.get(one, one) for one in arguments), "--out", out)
     assert code == 2 and says in error and error.startswith("saccade: ") and error.count("\n") == 1
-    assert not out.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    asked: list[str] = []
+    with pytest.raises(SaccadeError, match="cannot be written .*choose another --out"):
+        write_page(Question(images[:1], "deit_nano"), tmp_path / "file" / "a.html", lambda *now: asked.append(now[0]))
+    assert asked == []
+
+
+def test_scores_that_are_not_finite(images: list[Path], tmp_path: Path) -> None:
+    broken = create_model("deit_nano")
+    torch.nn.init.constant_(broken.head.weight, float("nan"))
+    save_file(broken.state_dict(), tmp_path / "nan.safetensors")
+    with pytest.raises(SaccadeError, match="scores of deit_nano are not finite"):
+        collect(Question(images[:1], "deit_nano", tmp_path / "nan.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +412,24 @@ def test_in_a_browser(page: Path) -> None:
         seen.set_viewport_size({"width": 420, "height": 900})
         assert seen.evaluate("document.documentElement.scrollWidth") == 420
         assert found.is_calm_and_offline()
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_a_picture_without_maps_beside_one_that_has_some(answer: dict[str, Any], tmp_path: Path) -> None:
+    with_maps, without = answer["pictures"]
+    bare = without | {"maps": [{**one, "failed": f"{one['method']}: no"} for one in without["maps"]], "attention": [],
+                      "left_out": ["no attention"]}
+    mixed = answer | {"pictures": [with_maps, bare]}
+    (tmp_path / "page.html").write_text(render("explain.html.jinja", answer=mixed, data=Markup(json.dumps(mixed))))
+    with opened(tmp_path / "page.html") as found:
+        parts = [found.page.locator(place) for place in ("#map", "#trust-section", "#attention")]
+        assert all(part.is_visible() for part in parts)
+        found.page.get_by_role("tab").nth(1).click()
+        assert not any(part.is_visible() for part in parts)
+        assert found.page.locator("#failed li").count() == len(FAST)
+        found.page.get_by_role("tab").nth(0).click()
+        assert all(part.is_visible() for part in parts) and found.is_calm_and_offline()
 
 
 @pytest.mark.browser
