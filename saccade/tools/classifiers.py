@@ -95,11 +95,21 @@ def _from_run(folder: Path, other_weights: object) -> Classifier:
 
 
 def _registered(name: str, checkpoint: Path | None, pretrained: bool) -> Classifier:
-    model = create_model(name, checkpoint_path=checkpoint, pretrained=pretrained)
+    model = create_model(name, checkpoint_path=checkpoint, pretrained=pretrained, **_classes_in(name, checkpoint))
     squares = evaluation_transform(native_size(name))
     mean, std = Recipe.mean, Recipe.std
     return Classifier(model, resolve_model(name), lambda one: normalise(squares(one), mean, std), mean, std,
                       notes=_notes(checkpoint, pretrained))
+
+
+def _classes_in(name: str, checkpoint: Path | None) -> dict[str, Any]:
+    """num_classes, where a checkpoint under our names has another count than the model's own."""
+    if checkpoint is None:
+        return {}
+    state, own = read_checkpoint(checkpoint), create_model(name).state_dict()
+    counts = {len(state[key]) for key, value in own.items() if key.startswith("head") and key in state
+              and value.shape[1:] == state[key].shape[1:] and value.shape != state[key].shape}
+    return {"num_classes": counts.pop()} if len(counts) == 1 else {}
 
 
 def native_size(name: str) -> Any:

@@ -272,7 +272,12 @@ def test_classifiers_of_others_with_their_preprocessing(tmp_path: Path) -> None:
     assert entry["target"]["name"] in config.id2label.values()
 
 
-def test_a_checkpoint_of_timm_brings_its_classes(tmp_path: Path) -> None:
+def test_a_checkpoint_brings_its_classes(tmp_path: Path) -> None:
+    for name in ("swin_nano", "deit_nano"):
+        ours = create_model(name, num_classes=7)
+        save_file(ours.state_dict(), tmp_path / "seven.safetensors")
+        found = open_classifier(name, tmp_path / "seven.safetensors")
+        assert all(torch.equal(value, ours.state_dict()[key]) for key, value in found.model.state_dict().items())
     model = timm.create_model("resnet10t", num_classes=5)
     save_file(model.state_dict(), tmp_path / "five.safetensors")
     found = open_classifier("timm:resnet10t", tmp_path / "five.safetensors")
