@@ -22,6 +22,7 @@ from saccade.tools.bench import limited_threads
 from saccade.tools.measure import peak_memory, race
 
 graph_objects = optional("plotly.graph_objects", extra="train")
+subplots = optional("plotly.subplots", extra="train")
 
 Row = dict[str, Any]
 CHANNELS = 64  # two heads; all mixers can be built so
@@ -101,17 +102,40 @@ def markdown(rows: Sequence[Row], tokens: Sequence[int]) -> str:
     return "\n".join([*lines, *(f"| {row['mixer']} | {' | '.join(cells(row, tokens))} |" for row in rows)])
 
 
+# The colour of a mixer by how its time grows, each kind a name and the exponent that it ends at.
+KINDS = (("nearly linear", 1.3, "#1f77b4"), ("between", 1.7, "#e0a100"), ("nearly quadratic", math.inf, "#c0392b"))
+NAMED = 4  # slowest and fastest mixers that have their names in the plot
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """A page of two plots, time and memory against tokens, both axes logarithmic; a line a mixer, its name on hover."""
-    subplots = optional("plotly.subplots", extra="train")
     figure = subplots.make_subplots(1, 2, subplot_titles=("time of a forward, ms", "peak memory, MiB"))
+    shown: set[str] = set()
     for row in rows:
+        grows = row["time_exponent"] or 0.0
+        kind, _, colour = next(each for each in KINDS if grows < each[1])
         for column, (key, unit) in enumerate((("seconds", 1e-3), ("bytes", 2**20)), 1):
             values = {n: value / unit for n, value in row[key].items() if value > 0}
             figure.add_trace(graph_objects.Scatter(
-                x=list(values), y=list(values.values()), mode="lines+markers", name=row["mixer"],
-                legendgroup=row["mixer"], showlegend=column == 1), 1, column)
-    figure.update_xaxes(type="log", title="tokens")
-    figure.update_yaxes(type="log")
-    figure.update_layout(template="plotly_white", height=800, hovermode="closest")
+                x=list(values), y=list(values.values()), mode="lines", name=kind, legendgroup=kind,
+                showlegend=column == 1 and kind not in shown, opacity=0.55, line={"color": colour, "width": 1.2},
+                hovertemplate=f"{row['mixer']}<br>%{{x}} tokens: %{{y:.3g}}<extra></extra>"), 1, column)
+        shown.add(kind)
+    for column, key, unit in ((1, "seconds", 1e-3), (2, "bytes", 2**20)):
+        for name, x, y in _extremes(rows, key):
+            figure.add_annotation(x=math.log10(x), y=math.log10(y / unit), text=name, showarrow=False, xanchor="left",
+                                  xshift=6, font={"size": 10}, row=1, col=column)
+    longest = max(max(row["seconds"]) for row in rows)
+    shortest = min(min(row["seconds"]) for row in rows)
+    figure.update_xaxes(type="log", title="tokens", range=[math.log10(shortest), math.log10(longest) + 0.55])
+    figure.update_yaxes(type="log", dtick=1)
+    figure.update_layout(template="plotly_white", height=820, hovermode="closest", legend_title="time grows")
     write_whole(path, figure.to_html(include_plotlyjs=True))
+
+
+def _extremes(rows: Sequence[Row], key: str) -> list[tuple[str, int, float]]:
+    """Name, tokens and value of the mixers with the largest and the smallest last values, and of plain attention."""
+    last = [(row["mixer"], *[*row[key].items()][-1]) for row in rows if [*row[key].values()][-1] > 0]
+    ranked = sorted((each for each in last if each[0] != "identity"), key=lambda each: (-each[1], each[2]))
+    named = {each[0]: each for each in (*ranked[:NAMED], *ranked[-NAMED:])}
+    return [*named.values(), *(each for each in last if each[0] == "attention" and each[0] not in named)]
