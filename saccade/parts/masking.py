@@ -145,7 +145,7 @@ class Covered:
     """
 
     def __init__(self, host: Any, method: str) -> None:
-        self.ours = isinstance(host, (Pyramid, Plain))
+        self.ours = isinstance(host, (Pyramid, Plain)) and not isinstance(host.stem, (nn.ModuleDict, nn.ModuleList))
         if not (self.ours or hasattr(getattr(host, "patch_embed", None), "proj")):
             raise SaccadeError(f"{method} hides embedded patches, and {type(host).__name__} has no stem that gives "
                                "them: choose a Pyramid or Plain of ours, or timm's ViT or Swin")
