@@ -7,20 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import (
-    Accumulate,
-    Average,
-    Data,
-    Json,
-    Machines,
-    Precision,
-    Processes,
-    Strategy,
-    Strict,
-    app,
-    console,
-    print_json,
-)
+from saccade.cli.shared import Data, Json, Strict, app, console, print_json
 
 
 @app.command()
@@ -63,29 +50,21 @@ def train(
     batch_size: Annotated[int, typer.Option()] = 64,
     img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
     drop_path_rate: Annotated[float, typer.Option()] = 0.0,
-    average: Average = 0.0,
-    accumulate: Accumulate = 1,
-    precision: Precision = "32-true",
-    devices: Processes = 1,
-    nodes: Machines = 1,
-    strategy: Strategy = "auto",
     seed: Annotated[int, typer.Option()] = 0,
     strict: Strict = False,
 ) -> None:
     """Train one model on a set of images."""
     from saccade.learn import runs
-    from saccade.learn.epochs import Devices
     from saccade.learn.train import Progress, Recipe
     from saccade.tools.watch import Watch
 
     watch = Watch()
     recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, img_size=img_size, seed=seed,
-                    drop_path_rate=drop_path_rate, average=average, accumulate=accumulate, precision=precision)
+                    drop_path_rate=drop_path_rate)
     with watch.bar(f"training {model}", epochs) as bar:
         def show(now: Progress) -> None:
             bar.at(now.epoch + now.step / now.steps, f"{model} epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}")
-        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, progress=show,
-                           devices=Devices(devices, nodes, strategy))
+        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, progress=show)
     for note in found["data"]["notes"]:
         watch.line(f"note: {note}")
     watch.line(f"{model}: validation {found['val']['accuracy']:.1%}, test {found['test']['accuracy']:.1%}; in {out}")

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 import saccade
-from saccade.core.errors import SaccadeError
 
 app = typer.Typer(
     help="Vision backbones and attention, checked against their authors' code.", no_args_is_help=True,
@@ -24,13 +23,6 @@ Data = Annotated[
     str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles or digits.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error instead of skipped.")]
-# Of training:
-Average = Annotated[float, typer.Option(help="Of a moving average of the weights, as 0.999; 0: none.")]
-Accumulate = Annotated[int, typer.Option(help="Batches a step.")]
-Precision = Annotated[str, typer.Option(help="32-true or bf16-mixed.")]
-Processes = Annotated[int, typer.Option("--devices", help="Processes a machine; they share a batch.")]
-Machines = Annotated[int, typer.Option("--nodes", help="Machines.")]
-Strategy = Annotated[str, typer.Option(help="auto or ddp.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,18 +44,3 @@ def table(*columns: str) -> Table:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def options_of(text: str) -> tuple[str, dict[str, Any]]:
-    """A name with options, `mae:ratio=0.6,depth=4`, numbers and true, false, none read as such."""
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for entry in filter(None, rest.split(",")):
-        key, equals, value = entry.partition("=")
-        if not equals or not key.strip():
-            raise SaccadeError(f"{text}: write NAME:option=value,option=value")
-        try:
-            options[key.strip()] = json.loads(value.strip().replace("none", "null"))
-        except ValueError:
-            options[key.strip()] = value.strip()
-    return name.strip(), options

@@ -59,16 +59,6 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures whose labels nobody asks for; `notes` and `fingerprint` as an ImageSet's."""
-
-    name: str
-    split: Split
-    notes: list[str]
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class Item:
     """A labelled picture on its way into a split; `content` identifies what is in the file."""
 
@@ -124,30 +114,6 @@ def open_images(source: str | Path, *, seed: int = 0, strict: bool = False) -> I
     fingerprint = hashlib.sha256(json.dumps([classes, content]).encode()).hexdigest()
     train, val, test = (_as_split(parts[split], classes) for split in SPLITS)
     return ImageSet(name, classes, train, val, test, notes, fingerprint)
-
-
-def open_pictures(source: str | Path, *, seed: int = 0, strict: bool = False) -> Pictures:
-    """Pictures to learn from without labels: those of a folder at any depth, or the train part of a labelled set.
-
-    A folder with train/ in it gives that part alone, `tiles`, `digits` and a CSV file their own. Files that cannot be
-    used are skipped and noted; with `strict`, they are an error. Raises SaccadeError where there are none.
-    """
-    where, location = str(source), Path(source).expanduser()
-    if where in BUILTIN or location.suffix.lower() == ".csv":
-        images = open_images(source, seed=seed, strict=strict)
-        return Pictures(images.name, images.train, images.notes, images.fingerprint)
-    if not location.is_dir():
-        raise SaccadeError(_unknown(where, location))
-    part = next((folder for folder in _folders(location) if SPLIT_NAMES.get(folder.name.lower()) == "train"), location)
-    found, _ = _files(part)
-    if not found:
-        raise SaccadeError(f"{part}: no pictures in it, at any depth")
-    notes: list[str] = []
-    items = [Item(path.relative_to(part).as_posix(), "", path) for path in found]
-    items = _checked(where, items, strict, notes, {})
-    content = [[item.name, item.content] for item in items]
-    return Pictures(location.resolve().name, _as_split(items, [""]), notes,
-                    hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 
 def _as_split(items: list[Item], classes: list[str]) -> Split:

@@ -21,7 +21,6 @@ from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.load import load
 from saccade.learn.data import ImageSet, Split, open_images
-from saccade.learn.epochs import HERE, Devices
 from saccade.learn.pictures import read_image
 from saccade.learn.score import metrics
 from saccade.learn.train import Progress, Recipe, fit, predict_logits
@@ -51,7 +50,6 @@ def train(
     checkpoint: Path | None = None,
     fresh: Sequence[str] = ("head*",),
     strict: bool = False,
-    devices: Devices = HERE,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train a registered model on a set of images; the same call on the same folder resumes. Returns its metrics.
@@ -69,7 +67,7 @@ def train(
         return create_model(name, checkpoint_path=checkpoint, fresh=fresh, **options)
 
     make()  # a wrong name or checkpoint is told before anything is written
-    fitted = fit(make, images, recipe, _folder(out), devices=devices, progress=progress)
+    fitted = fit(make, images, recipe, _folder(out), progress=progress)
     card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std}
     write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std)

@@ -24,9 +24,6 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.ops.attend import attend
-from saccade.parts.attention import CrossAttention
-from saccade.parts.block import LAYER_NORM
-from saccade.parts.mlp import Mlp
 
 CARD = Card(
     "Attention, Please! Revisiting Attentive Probing for Masked Image Modeling",
@@ -128,39 +125,6 @@ class QueryPooling(nn.Module):
         return attend(q, k, v).flatten(1)
 
 
-class AttentionPooling(nn.Module):
-    """One learned query in several heads, queries, keys, values and output projected: (B, N, C) -> (B, C).
-
-    (Lee et al., "Set Transformer", 2019, section 3.2: pooling by multi-head attention, without its layers after it.)
-    """
-
-    def __init__(self, dim: int, heads: int = 12) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.attention = CrossAttention(dim, heads)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.attention(self.query.expand(len(tokens), -1, -1), tokens)[:, 0]
-
-
-class CrossAttentionBlock(nn.Module):
-    """A learned query, a cross-attention to the normed tokens and an MLP, both added to it: (B, N, C) -> (B, C).
-
-    (Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", 2024, section 4.1: CAE's probe.)
-    """
-
-    def __init__(self, dim: int, heads: int = 12) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.norm1, self.norm2 = LAYER_NORM(dim), LAYER_NORM(dim)
-        self.attention, self.mlp = CrossAttention(dim, heads), Mlp(dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query = self.query.expand(len(tokens), -1, -1)
-        query = query + self.attention(query, self.norm1(tokens))
-        return (query + self.mlp(self.norm2(query)))[:, 0]
-
-
 class MeanTokens(nn.Module):
     """The mean over tokens."""
 
@@ -178,8 +142,6 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "mean_query": MeanQuery,
     "abmilp": GatedPooling,
     "aim": QueryPooling,
-    "attention": AttentionPooling,
-    "cae": CrossAttentionBlock,
 }
 
 

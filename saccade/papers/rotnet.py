@@ -33,7 +33,6 @@ CARD = Card(
     read="paper",
     keywords="self-supervised learning, rotation prediction, pretext task, AlexNet, network in network",
     kinds=("pretraining",),
-    methods={"rotnet": "rotnet"},
     goldens=("rotnet_alexnet", "rotnet_nin4", "op_rotnet_rotations"),
     tests=("tests/papers/test_rotnet.py",),
 )
@@ -52,25 +51,17 @@ def rotations(images: Tensor) -> Tensor:
 class RotationPrediction(nn.Module):
     """Pictures (B, C, S, S) -> the loss and the share of turns told: {"loss", "accuracy"}, by a classifier of four."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.network = network
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        scores = self.model(rotations(images).flatten(0, 1))
+        scores = self.network(rotations(images).flatten(0, 1))
         if scores.shape[-1] != TURNS:
             raise SaccadeError(f"rotation prediction needs a classifier of {TURNS} classes, and this one has "
                                f"{scores.shape[-1]}: build it with num_classes={TURNS}")
         turn = torch.arange(TURNS, device=scores.device).repeat(len(images))
         return {"loss": F.cross_entropy(scores, turn), "accuracy": (scores.argmax(1) == turn).float().mean()}
-
-
-def rotnet(model: nn.Module) -> RotationPrediction:
-    """Rotation prediction by any classifier whose head can be made one of four."""
-    if not hasattr(model, "reset_classifier"):
-        raise SaccadeError(f"rotnet: {type(model).__name__} has no reset_classifier, to tell {TURNS} turns apart")
-    model.reset_classifier(TURNS)  # type: ignore[operator]
-    return RotationPrediction(model)
 
 
 class ConvNet(nn.Module):

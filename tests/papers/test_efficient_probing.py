@@ -42,8 +42,7 @@ class Marked(nn.Module):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_probe_learns_and_the_encoder_does_not(pooling):
     torch.manual_seed(0)
-    options = {"efficient": dict(queries=4), "mean_query": dict(heads=4), "aim": dict(heads=4),
-               "attention": dict(heads=4), "cae": dict(heads=4)}.get(pooling, {})
+    options = {"efficient": dict(queries=4), "mean_query": dict(heads=4), "aim": dict(heads=4)}.get(pooling, {})
     encoder = nn.Sequential(Marked(), nn.Linear(16, 16), nn.BatchNorm1d(9))
     probe = Probe(encoder, 16, 3, pooling, prefix=1, **options)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
