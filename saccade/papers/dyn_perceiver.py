@@ -1,0 +1,373 @@
+"""Dynamic Perceiver: a latent code that classifies beside a convolutional network, with an exit on its way.
+
+Two branches meet before the blocks of every stage. The latent code z (L, C) gives to the map x and reads it,
+    x += Attend(x, z),   z += Attend(z, cells(x + conv(x))),   z = Transformer(z),
+cells the means of 7 x 7 parts of the map. Between stages half the latents go, at twice the width. Images whose class
+is certain leave at the first of four exits that is sure enough: (1) z at the third stage, (2) z at the fourth,
+(3) the last map, (4) both together. Exits 2 and 4 also read the scores of an earlier exit.
+
+Han, Han, Liu, Wang, Pan, Pu, Deng, Song, Feng, Huang, "Dynamic Perceiver for Efficient Visual Recognition", 2023,
+section 3. Budgets: `parts.early_exit`.
+
+Any picture: cells adapt to the map. `DynamicPerceiver` takes any pyramid of four stages. Quirk: map queries (x) and
+latent keys meet in an eighth of the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.core.card import Card
+from saccade.core.errors import SaccadeError
+from saccade.core.features import Backbone
+from saccade.core.keymap import KeyMap, Rule, pointwise, within
+from saccade.ops.attend import attend
+from saccade.ops.pooling import adaptive_mean
+from saccade.parts.convolution import depthwise
+from saccade.parts.early_exit import confidence
+from saccade.parts.mlp import Gelu, Mlp
+from saccade.parts.mobilenet_v3 import LARGE, NANO, MobileNetV3, Row, block_names
+from saccade.parts.norm import BatchNorm
+from saccade.parts.pyramid import Pyramid, undecayed
+
+_WIDTHS = {"": 1.0, "_0x5": 0.5, "_0x75": 0.75, "_1x25": 1.25, "_1x5": 1.5, "_2x0": 2.0}
+
+CARD = Card(
+    "Dynamic Perceiver for Efficient Visual Recognition",
+    authors="Han, Han, Liu, Wang, Pan, Pu, Deng, Song, Feng, Huang",
+    year=2023,
+    systems=("dyn_perceiver",),
+    arxiv="2306.11248",
+    code="LeapLabTHU/Dynamic_Perceiver@0d2a629",
+    licence="MIT",
+    read="paper, code",
+    keywords="early exit, anytime prediction, budgeted inference, latent code, cross-attention, MobileNetV3, dynamic",
+    kinds=("backbone",),
+    top1={"dyn_perceiver_mobilenet_v3_0x75_t128": 74.6},
+    aliases={f"mobilenetv3{width}_perceiver_t{latents}": f"dyn_perceiver_mobilenet_v3{width}_t{latents}"
+             for width in _WIDTHS for latents in (128, 256, 512)},
+    goldens=("dyn_perceiver_mobilenet_v3_0x75_t128",),
+    tests=("tests/papers/test_dyn_perceiver.py",),
+)
+CELLS = 7
+
+
+class LatentLayer(nn.Module):
+    """x += proj(Attend(q(norm(x)), k(norm(y)) [+ position], v(norm(y)))); x += mlp(norm(x)): x (B, N, C), y (B, M, C').
+
+    Without `other` y is x. `width` channels are compared, in `heads`; `keys` is the number of y's that have positions.
+    """
+
+    undecayed: tuple[str, ...] = ()
+
+    def __init__(
+        self, dim: int, other: int | None = None, width: int | None = None, heads: int = 1, ratio: int = 1,
+        keys: int = 0,
+    ) -> None:
+        super().__init__()
+        width = width or dim
+        if width % heads:
+            raise SaccadeError(f"dyn_perceiver: {heads} heads do not divide {width} channels; choose a divisor")
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm_other = None if other is None else nn.LayerNorm(other)
+        self.q = nn.Linear(dim, width, bias=False)
+        self.k, self.v = (nn.Linear(other or dim, width, bias=False) for _ in range(2))
+        self.proj = nn.Linear(width, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, ratio, Gelu)
+        self.position = nn.Parameter(torch.zeros(1, keys, width)) if keys else None
+        if keys:
+            self.undecayed = ("position",)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        queries = self.norm1(x)
+        read = queries if self.norm_other is None else self.norm_other(y)
+        k = self.k(read) if self.position is None else self.k(read) + self.position
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q(queries), k, self.v(read)))
+        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Meeting(nn.Module):
+    """Where the branches meet: a map (B, *grid, C) and latents (B, L, C') -> both, latents (B, L / 2, C).
+
+    At the first stage, where `before` is None, latents have the map's width, none go, and the map gets nothing.
+    """
+
+    def __init__(
+        self, rank: int, dim: int, before: int | None, latents: int, depth: int, heads: int, ratio: int
+    ) -> None:
+        super().__init__()
+        self.size = (CELLS,) * rank
+        self.write: LatentLayer | None = None
+        if before is not None:
+            self.halve = nn.Sequential(nn.LayerNorm(2 * latents), nn.Linear(2 * latents, latents))
+            self.widen = nn.Sequential(nn.LayerNorm(before), nn.Linear(before, dim))
+            self.write = LatentLayer(dim, dim, dim // 8)
+        self.local = depthwise(rank, dim, 7)
+        self.read = LatentLayer(dim, dim, keys=CELLS**rank)
+        self.mix = nn.Sequential(*(LatentLayer(dim, heads=heads, ratio=ratio) for _ in range(depth)))
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self.write is not None:
+            z = self.widen(self.halve(z.mT).mT)
+            x = self.write(x.flatten(1, -2), z).view(x.shape)
+        cells = adaptive_mean(x + self.local(x), self.size)
+        return x, self.mix(self.read(z, cells.flatten(1, -2)))
+
+
+class Exits(nn.Module):
+    """The four classifiers, and what scores of one give to a later one."""
+
+    def __init__(self, middle: int, dim: int, last: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(middle, classes)
+        self.share1, self.share2 = (nn.Sequential(nn.Linear(classes, dim), BatchNorm(dim), nn.ReLU()) for _ in range(2))
+        self.second = nn.Linear(2 * dim, classes)
+        self.third = nn.Sequential(*_two_layers(last, hidden, classes))
+        self.fourth = nn.Sequential(BatchNorm(last + 2 * dim), *_two_layers(last + 2 * dim, hidden, classes))
+
+
+def _two_layers(dim: int, hidden: int, classes: int) -> list[nn.Module]:
+    return [nn.Linear(dim, hidden), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(hidden, classes)]
+
+
+class DynamicPerceiver(Backbone):
+    """A pyramid of four stages with a latent branch of `latents` codes, `depths` layers a stage, and four exits.
+
+    `forward` gives the scores of the last exit, `exits` those of all, `early` each image's at its own.
+    """
+
+    undecayed = ("latent",)
+
+    def __init__(
+        self, host: Pyramid, latents: int = 128, depths: Sequence[int] = (3, 3, 9, 9),
+        heads: Sequence[int] = (1, 2, 4, 8), ratio: int = 4, hidden: int = 1280, num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224,
+    ) -> None:
+        super().__init__()
+        if len(host.stages) != 4:
+            raise SaccadeError(f"dyn_perceiver: {type(host).__name__} has {len(host.stages)} stages; choose one of 4")
+        if latents % 8:
+            raise SaccadeError(f"dyn_perceiver: latents={latents}: half go three times; choose a multiple of 8")
+        rank = 2 if isinstance(img_size, int) else len(img_size)
+        self.stem, self.norm = host.stem, host.norm
+        self.stages: Any = host.stages
+        self.feature_info, self.default_out_indices = host.feature_info, host.default_out_indices
+        dims = meeting_widths(host, rank)
+        self.latent = nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, dims[0]), std=0.02))
+        self.meetings: Any = nn.ModuleList(
+            Meeting(rank, dim, dims[stage - 1] if stage else None, latents >> stage, depths[stage], heads[stage], ratio)
+            for stage, dim in enumerate(dims))
+        self._widths = (dims[2], dims[3], host.num_features, hidden)
+        self.last = LatentLayer(host.num_features, dims[3], host.num_features // 8)
+        self.num_features = host.num_features + dims[3]
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Four new exits of `num_classes` (0: none, and `forward` gives what the last would read)."""
+        if global_pool not in (None, "avg"):
+            raise SaccadeError(f"global_pool={global_pool!r}: the exits of dyn_perceiver read means; leave it at avg")
+        self.num_classes = num_classes
+        self.head: Any = Exits(*self._widths, num_classes) if num_classes else nn.Identity()
+        self.removed = () if num_classes else ("head",)
+
+    def meet(self, stage: int, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The map at the start of a stage, and the latents after it."""
+        x, z = self.meetings[stage](self.stages[stage].downsample(x), z)
+        return x, z
+
+    def blocks(self, stage: int, x: Tensor) -> Tensor:
+        """The map at the end of a stage, from where the branches met."""
+        out: Tensor = self.stages[stage].norm(self.stages[stage].blocks(x))
+        return out
+
+    def first(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Map and latents of the third stage, and the scores that these latents have."""
+        x, z = self.stem(image), self.latent.repeat(image.shape[0], 1, 1)
+        x, z = self.meet(0, x, z)
+        for stage in (1, 2):
+            x, z = self.meet(stage, self.blocks(stage - 1, x), z)
+        return (x, z, self.head.first(z.mean(1))) if self.num_classes else (x, z)
+
+    def second(self, x: Tensor, z: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+        """The same of the fourth stage."""
+        x, z = self.meet(3, self.blocks(2, x), z)
+        if not scores:
+            return x, z
+        return x, z, self.head.second(torch.cat([z.mean(1), self.head.share1(scores[-1])], 1))
+
+    def third(self, x: Tensor, z: Tensor, *scores: Tensor) -> tuple[Tensor, ...]:
+        """The last map, the latents, the scores of exit 2, those of the map."""
+        x = self.norm(self.blocks(3, x))
+        return (x, z, *scores, self.head.third(x.flatten(1, -2).mean(1))) if scores else (x, z)
+
+    def fused(self, x: Tensor, z: Tensor, *scores: Tensor) -> Tensor:
+        """What the last exit reads, (B, features); `scores` are those of exits 2 and 3."""
+        parts = [self.last(x.flatten(1, -2), z).mean(1), z.mean(1)]
+        return torch.cat(parts + ([self.head.share2(scores[0])] if scores else []), 1)
+
+    def fourth(self, *state: Tensor) -> tuple[Tensor, ...]:
+        return (self.head.fourth(self.fused(*state)),)
+
+    def steps(self) -> tuple[Callable[..., tuple[Tensor, ...]], ...]:
+        """From what one exit leaves to the next, the scores last: what each computes is (B, ...), so images can go."""
+        return self.first, self.second, self.third, self.fourth
+
+    def exits(self, image: Tensor) -> list[Tensor]:
+        """The scores (B, classes) of all four exits, in order."""
+        state: tuple[Tensor, ...] = (image,)
+        scores = []
+        for step in self.steps():
+            state = step(*state)
+            scores.append(state[-1])
+        return scores
+
+    @torch.no_grad()
+    def early(self, image: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Scores (B, classes) and exit (B,) of each image: the first whose confidence reaches its threshold.
+
+        The last exit takes all that are left. What an image leaves is not computed for it.
+        """
+        if len(thresholds) != 4:
+            raise SaccadeError(f"dyn_perceiver: {len(thresholds)} thresholds; give one for each of the 4 exits")
+        left = torch.arange(len(image), device=image.device)
+        chosen, found = torch.full_like(left, 3), image.new_zeros(len(image), self.num_classes)
+        state: tuple[Tensor, ...] = (image,)
+        for number, step in enumerate(self.steps()):
+            state = step(*state)
+            sure = confidence(state[-1]) >= (thresholds[number] if number < 3 else 0)
+            found[left[sure]], chosen[left[sure]] = state[-1][sure].to(found.dtype), number
+            left, state = left[~sure], tuple(part[~sure] for part in state)
+            if not len(left):
+                break
+        return found, chosen
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        x, z = self.stem(image), self.latent.repeat(image.shape[0], 1, 1)
+        maps = []
+        for stage in range(4):
+            x, z = self.meet(stage, x, z)
+            x = self.blocks(stage, x)
+            maps.append(x.movedim(-1, 1))
+        return maps
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """What the last exit reads: (B, features)."""
+        return self.fused(*self.third(*self.second(*self.first(image))))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.head.fourth(features) if self.num_classes else features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, *size) -> (B, classes), of the last exit."""
+        return self.forward_head(self.forward_features(image))
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self)
+
+
+def meeting_widths(host: Pyramid, rank: int) -> list[int]:
+    """The channels of a host's map at the start of each stage, read off a small zero image."""
+    found: list[int] = []
+    stages: Any = host.stages
+    handles = [stage.downsample.register_forward_hook(lambda *call: found.append(call[2].shape[-1]))
+               for stage in stages]
+    training = host.training
+    try:
+        with torch.no_grad():  # in evaluation mode, else batch norms would count the zeros
+            host.eval()(torch.zeros(1, host.in_chans, *(64,) * rank))
+    finally:
+        host.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def exit_loss(scores: Sequence[Tensor], label: Tensor, alpha: float = 0.5) -> Tensor:
+    """The authors' loss of four exits: CE weighed (0.5, 0.5, 1, 1) + alpha sum of KL(last || exit), the last as given.
+
+    `label` (B,) numbers of classes, or (B, classes) shares.
+    """
+    own = [weight * F.cross_entropy(one, label) for weight, one in zip((0.5, 0.5, 1.0, 1.0), scores, strict=True)]
+    target = scores[-1].detach().softmax(1)
+    taught = [F.kl_div(one.log_softmax(1), target, reduction="batchmean") for one in scores[:-1]]
+    return torch.stack(own).sum() + alpha * torch.stack(taught).sum()
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    f"dyn_perceiver_mobilenet_v3{name}_t{latents}": dict(width=width, latents=latents)
+    for name, width in _WIDTHS.items() for latents in (128, 256, 512)
+} | {"dyn_perceiver_nano": dict(rows=NANO, latents=16, depths=(1, 1, 2, 1), stem_stride=1, hidden=64, img_size=32)}
+
+
+def dyn_perceiver(
+    latents: int, width: float = 1.0, depths: Sequence[int] = (3, 3, 9, 9), ratio: int = 4, hidden: int | None = None,
+    rows: Sequence[Sequence[Row]] = LARGE, stem_stride: int = 2, num_classes: int = 1000,
+    img_size: int | Sequence[int] = 224, in_chans: int = 3, drop_path_rate: float = 0.0, mixer: Any = None,
+) -> DynamicPerceiver:
+    """A Dynamic Perceiver on MobileNetV3 of a width."""
+    host = MobileNetV3(rows, width=width, stem_stride=stem_stride, img_size=img_size, in_chans=in_chans,
+                       drop_path_rate=drop_path_rate, replace=mixer)
+    hidden = int(1280 * width) if hidden is None else hidden
+    return DynamicPerceiver(host, latents, depths, ratio=ratio, hidden=hidden, num_classes=num_classes,
+                            img_size=img_size)
+
+
+def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
+    """The layers of the latent branch that a golden was recorded with."""
+    args = golden["source"]["args"]
+    factors = args.get("depth_factor", (1, 1, 1, 1))
+    return dict(depths=tuple(depth * factor for depth, factor in zip((3, 3, 9, 3), factors, strict=True)),
+                ratio=args.get("SA_widening_factor", 1))
+
+
+def _layer_names(theirs: str, ours: str) -> list[Rule]:
+    attention = rf"{theirs}(?:self|cross)_attn\."
+    return [
+        (rf"{attention}(?:q_)?norm\.(.*)", rf"{ours}norm1.\1"),
+        (rf"{attention}kv_norm\.(.*)", rf"{ours}norm_other.\1"),
+        (rf"{attention}attention\.relative_position_bias", f"{ours}position"),
+        (rf"{attention}attention\.([qkv])_proj\.(.*)", rf"{ours}\1.\2"),
+        (rf"{attention}attention\.o_proj\.(.*)", rf"{ours}proj.\1"),
+        (rf"{theirs}mlp\.layernorm\.(.*)", rf"{ours}norm2.\1"),
+        (rf"{theirs}mlp\.(fc[12]\..*)", rf"{ours}mlp.\1"),
+    ]
+
+
+def _authors() -> KeyMap:
+    """The authors cut MobileNetV3 where the branches meet, one block after each of our stages begins."""
+    places = [f"cnn_stem\\.{number}" for number in range(3)]
+    places += [f"cnn_body_stage{stage}\\.{number}" for stage, count in enumerate((2, 3, 6, 3), 1)
+               for number in range(count)]
+    ours = ["stem.3."] + [f"stages.{stage}." + (f"blocks.{index - 1}." if index else "downsample.")
+                          for stage, group in enumerate(LARGE[1:]) for index in range(len(group))]
+    rows = [row for group in LARGE for row in group]
+    rules: list[Rule] = [(r"cnn_stem\.0\.0\.(.*)", r"stem.0.\1"), (r"cnn_stem\.0\.1\.(.*)", r"stem.1.\1"),
+                         (rf"{places[-1]}\.0\.(.*)", r"norm.0.\1", pointwise),
+                         (rf"{places[-1]}\.1\.(.*)", r"norm.1.\1")]
+    for number, (row, theirs, name) in enumerate(zip(rows, places[1:-1], ours, strict=True)):
+        rules += block_names(row, number > 0, rf"{theirs}\.", name, "local" if row.stride == 2 else "mixer")
+    for stage in range(4):
+        meeting = f"meetings.{stage}."
+        rules.append((rf"dwc{stage + 1}_x2z\.(.*)", rf"{meeting}local.\1"))
+        for theirs, name in ((rf"cross_att{stage + 1}_x2z\.", "read"), (rf"cross_att{stage + 1}_z2x\.", "write"),
+                             (rf"self_att{stage + 1}\.(\d+)\.", r"mix.\1")):
+            rules += within(_layer_names("", ""), theirs, f"{meeting}{name}.")
+        rules += [(rf"token_mixer\.{stage}\.(.*)", rf"meetings.{stage + 1}.halve.\1"),
+                  (rf"token_expander\.{stage}\.(.*)", rf"meetings.{stage + 1}.widen.\1")]
+    rules += within(_layer_names("", ""), r"last_cross_att_z2x\.", "last.")
+    heads = {"early_classifier3": "first", "isc3": "share1", "classifier_att": "second", "isc4": "share2",
+             "classifier_cnn": "third", "classifier_merge": "fourth"}
+    return (*rules, *((rf"{theirs}\.(.*)", rf"head.{name}.\1") for theirs, name in heads.items()))
+
+
+AUTHORS: KeyMap = _authors()
+TAPS = {"y_early3": "head.first", "y_att": "head.second", "y_cnn": "head.third", "y_merge": "head.fourth",
+        **{f"sa{number + 1}": f"meetings.{number}.mix" for number in range(4)}}
