@@ -6,7 +6,7 @@ cells the means of 7 x 7 parts of the map. Between stages half the latents go, a
 is certain leave at the first of four exits that is sure enough: (1) z at the third stage, (2) z at the fourth,
 (3) the last map, (4) both together. Exits 2 and 4 also read the scores of an earlier exit.
 
-Han, Han, Liu, Wang, Pan, Pu, Deng, Song, Feng, Huang, "Dynamic Perceiver for Efficient Visual Recognition", 2023,
+Han, Han, Liu, Wang, Pan, Pu, Deng, Feng, Song, Huang, "Dynamic Perceiver for Efficient Visual Recognition", 2023,
 section 3. Budgets: `parts.early_exit`.
 
 Any picture: cells adapt to the map. `DynamicPerceiver` takes any pyramid of four stages. Quirk: map queries (x) and
@@ -39,7 +39,7 @@ _WIDTHS = {"": 1.0, "_0x5": 0.5, "_0x75": 0.75, "_1x25": 1.25, "_1x5": 1.5, "_2x
 
 CARD = Card(
     "Dynamic Perceiver for Efficient Visual Recognition",
-    authors="Han, Han, Liu, Wang, Pan, Pu, Deng, Song, Feng, Huang",
+    authors="Han, Han, Liu, Wang, Pan, Pu, Deng, Feng, Song, Huang",
     year=2023,
     systems=("dyn_perceiver",),
     arxiv="2306.11248",
