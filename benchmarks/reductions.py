@@ -26,6 +26,7 @@ BATCH = 8
 RATES: dict[str, list[dict[str, Any]]] = {
     "evit": [dict(keep=0.9), dict(keep=0.7), dict(keep=0.5)],
     "ats": [dict(samples=196), dict(samples=98), dict(samples=49)],
+    "patch_dropout": [dict(keep=0.7), dict(keep=0.5)],
     "token_merging": [dict(r=8), dict(r=13), dict(r=16)],
     "ia_red2": [dict(threshold=0.5)],
     "sparsifiner": [dict(keep=0.25)],

@@ -21,6 +21,7 @@ OPTIONS = {
     "evit": (dict(keep=1.0, layers=(1, 3)), dict(keep=0.5, layers=(1, 3))),
     "expedite": (dict(keep=1.0), dict(keep=0.49, start=2)),
     "ia_red2": (dict(layers=(0, 2), threshold=0.0, heads=4), dict(layers=(0, 2), heads=4)),
+    "patch_dropout": (dict(keep=1.0), dict(keep=0.5, layer=1)),
     "self_slimmed": (dict(layers=()), dict(layers=(0, 2))),
     "sparsifiner": (dict(keep=1.0), dict(keep=0.25)),
     "token_merging": (dict(r=0), dict(r=5)),
