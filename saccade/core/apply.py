@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -28,3 +30,47 @@ def apply(model: nn.Module, name: str, **options: Any) -> Handle:
         if key not in known:
             raise SaccadeError(f"method {name!r} has no option {key!r}{closest(key, known) or f'; it has {known}'}")
     return function(model, **options)
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """`NAME:key=value,key=value` as the method and its options: "evit:keep=0.7,layers=(3,6)" -> "evit", {...}.
+
+    Values are numbers, truth values, lists in brackets, or words. Raises SaccadeError for what is not so written, and
+    for an unknown method.
+    """
+    name, _, rest = text.strip().partition(":")
+    method(name, KIND)
+    options: dict[str, Any] = {}
+    for part in _parts(rest):
+        key, mark, value = (piece.strip() for piece in part.partition("="))
+        if not (key.isidentifier() and mark and value) or key in options:
+            raise SaccadeError(f"method {text!r}: {part.strip()!r} is no option; write {name}:key=value,key=value")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return name, options
+
+
+def split_methods(text: str) -> tuple[str, ...]:
+    """Methods with commas between, as on a command line: "evit:keep=0.7,layers=(3,6),token_merging:r=8" is two."""
+    found: list[str] = []
+    for part in _parts(text):
+        if found and "=" in part.partition(":")[0]:  # an option of the method before it
+            found[-1] += f",{part.strip()}"
+        else:
+            found.append(part.strip())
+    return tuple(found)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Pieces between commas that stand in no bracket."""
+    depth, start = 0, 0
+    for place, letter in enumerate(f"{text},"):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth <= 0:
+            if text[start:place].strip():
+                yield text[start:place]
+            start = place + 1
+    if start <= len(text) and text[start:].strip():  # a bracket that nobody closed
+        yield text[start:]
