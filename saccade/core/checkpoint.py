@@ -28,7 +28,7 @@ FOLDER = ("model.safetensors.index.json", "model.safetensors")
 def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, on the CPU, in the precision stored; nothing of the file is executed.
 
-    Reads safetensors (a file, or the index or folder of a sharded model), torch files of all versions since 0.2, and
+    Reads safetensors (a file, or the index or folder of a sharded model), torch files of all versions, and
     plain pickles of tensors or arrays. `key` names the entry to take. Without it the state dict is looked for under
     `WRAPPERS`, in that order, also nested: model before state_dict before student before teacher, a moving average only
     where nothing else is. A prefix of `PREFIXES` comes off where all names have it. What is no tensor is left out.

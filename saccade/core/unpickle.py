@@ -11,9 +11,10 @@ import io
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import IO, Any, NamedTuple
 
@@ -94,14 +95,29 @@ class Reader(pickle._Unpickler):  # not its twin in C, which allocates whatever 
         return Storage(kind.name, partial(self.raw, key), view[0][1] if view and view[0] else 0)
 
 
+class NumberReader(Reader):
+    """Unpickles an object that refers to tensors by number."""
+
+    def __init__(self, file: IO[bytes], known: Mapping[Any, Tensor]) -> None:
+        super().__init__(file, _flat)
+        self.known = known
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid[0] if isinstance(pid, tuple) else self.known[int(pid)]  # a class together with its source text
+
+
 def read_pickle(file: IO[bytes]) -> Any:
-    """The object in a torch file (the zip of 1.6 and later, the stream before it) or a plain pickle.
+    """The object in a torch file (the zip of 1.6 and later, the stream before it, the tar of 0.1) or a plain pickle.
 
     Plain containers, numbers and texts are themselves, all else is a Record; `is_tensor` tells which records are
     tensors, and `tensor` reads one while `file` is open. Raises SaccadeError for tensors that have no plain form, and
     whatever comes up where the file is damaged.
     """
-    return _read_zip(file) if file.read(4) == b"PK\x03\x04" else _read_stream(file)
+    head = file.read(512)
+    file.seek(0)
+    if head[:4] == b"PK\x03\x04":
+        return _read_zip(file)
+    return _read_tar(file) if head[257:262] == b"ustar" else _read_stream(file)
 
 
 def is_tensor(value: Any) -> bool:
@@ -169,6 +185,47 @@ def _read_stream(file: IO[bytes]) -> Any:
     if place > end:
         raise EOFError(f"{end} of {place} bytes")
     return content
+
+
+def _read_tar(file: IO[bytes]) -> Any:
+    """Members of their own hold storages, tensors that look into them, and the object that refers to both by number."""
+    known: dict[Any, Tensor] = {}  # a storage is a flat tensor; views, then tensors, come with later numbers
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        members = {name: io.BytesIO(_member(archive, name)) for name in ("storages", "tensors", "pickle")}
+    storages, tensors = members["storages"], members["tensors"]
+
+    def entries(member: IO[bytes]) -> Iterator[Any]:
+        for _ in range(Reader(member, _flat).load()):
+            yield Reader(member, _flat).load()
+
+    for key, _device, kind in entries(storages):
+        dtype = DTYPES[kind.name]
+        (count,) = struct.unpack("<q", _exactly(storages, 8))
+        known[key] = _flat(_exactly(storages, count * dtype.itemsize)).view(dtype)
+    for key, root, start, count in Reader(storages, _flat).load():
+        known[key] = known[root][start : start + count]
+    for key, storage, _kind in entries(tensors):
+        (rank, _) = struct.unpack("<ii", _exactly(tensors, 8))
+        numbers = struct.unpack(f"<{2 * rank + 1}q", _exactly(tensors, 8 * (2 * rank + 1)))
+        flat = known[storage]
+        known[key] = flat.as_strided(numbers[:rank], numbers[rank:-1], flat.storage_offset() + numbers[-1])
+    return NumberReader(members["pickle"], known).load()
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    """The bytes of a plain file; a link points out of the archive, a sparse file claims whatever size it likes."""
+    info = archive.getmember(name)
+    member = archive.extractfile(info) if info.isreg() and not info.issparse() else None
+    if member is None:
+        raise pickle.UnpicklingError(f"{name} is no plain file")
+    return member.read()
+
+
+def _exactly(file: IO[bytes], size: int) -> bytes:
+    data = file.read(size)
+    if size < 0 or len(data) < size:
+        raise EOFError(f"{len(data)} of {size} bytes")
+    return data
 
 
 def _flat(data: bytes) -> Tensor:
