@@ -52,8 +52,10 @@ def test_public_names_and_commands_are_a_visible_act():
     from saccade.cli import app
 
     commands = {}
-    for command in app.registered_commands:
-        name = command.name or command.callback.__name__
-        commands[name] = [key for key in command.callback.__annotations__ if key != "return"]
+    groups = {"": app} | {f"{group.name} ": group.typer_instance for group in app.registered_groups}
+    for group, application in groups.items():
+        for command in application.registered_commands:
+            name = group + (command.name or command.callback.__name__)
+            commands[name] = [key for key in command.callback.__annotations__ if key != "return"]
     surface = {"names": sorted(saccade.__all__), "commands": commands}
     assert surface == json.loads((ROOT / "tests" / "surface.json").read_text(encoding="utf-8"))

@@ -7,22 +7,27 @@ from typing import Annotated, Any
 import typer
 
 import saccade
-from saccade.cli.shared import Json, app, console, print_json, table
+from saccade.cli.shared import Json, app, console, megabytes, print_json, table
 from saccade.core.errors import SaccadeError
 from saccade.core.index import index, is_backbone, list_mixers, list_models, paper_module, resolve_model
+from saccade.core.weights import is_permissive, published, status
 
 
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="A shell pattern, as in '*former*'.")] = "*",
     kind: Annotated[str, typer.Option(help="backbone or mixer.")] = "backbone",
+    licence: Annotated[str, typer.Option(help="permissive: only models that have weights under such a licence.")] = "",
     as_json: Json = False,
 ) -> None:
     """The registered models (or, by --kind, mixers)."""
     if kind not in ("backbone", "mixer"):
         raise SaccadeError(f"--kind {kind}: choose backbone or mixer")
+    if licence and (licence != "permissive" or kind != "backbone"):
+        raise SaccadeError(f"--licence {licence}: choose permissive, for backbones")
     known = index()
     names = list_models(pattern) if kind == "backbone" else list_mixers(pattern)
+    names = [name for name in names if not licence or is_permissive(name)]
     if as_json:
         print_json(names)
         return
@@ -33,7 +38,7 @@ def list_(
         shown.add_row(name, f"{card['title'][:60]} ({card['year']})", *(numbers if kind == "backbone" else ()))
     console.print(shown)
     if not names:
-        console.print(f"no {kind} matches {pattern!r}")
+        console.print(f"no {kind} {'with such weights ' if licence else ''}matches {pattern!r}")
 
 
 def _millions(value: float | None) -> str:
@@ -103,7 +108,6 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     native = size or settings.get("img_size", 224)
     sides = (native, native) if isinstance(native, int) else tuple(native)
     macs = count_macs(model, (torch.zeros(1, settings.get("in_chans", 3), *sides),))
-    weights = card["weights"].get(name)
     return {
         "model": name,
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
@@ -112,6 +116,23 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
                          + (f" (paper: {_giga(card['macs'][name])})" if name in card["macs"] else ""),
         "maps": ", ".join(f"{channels} at 1/{stride}" for channels, stride in zip(maps.channels(), maps.reduction())),
         "checkpoints that load": ", ".join(key_maps(name)),
-        "published weights": f"{weights['url']} ({weights['data']}, licence {weights['licence']})" if weights else "",
         "top-1 claimed": card["top1"].get(name, ""),
+        **(_weights_facts(name) if name in card["weights"] else {}),
     }
+
+
+def _weights_facts(name: str) -> dict[str, Any]:
+    weights = published(name)
+    sides = f"{weights.img_size} px" if isinstance(weights.img_size, int) else weights.img_size
+    return {
+        "published weights": f"{weights.source} ({weights.data}, licence {weights.licence})",
+        "mirrors": ", ".join(weights.mirrors),
+        "their status": status(name),
+        "their file": f"{weights.layout} layout, {megabytes(weights.bytes)}, sha256 {weights.sha256}",
+        "their evaluation": f"{sides}, crop {weights.crop:g}, {weights.interpolation}, mean {_numbers(weights.mean)}, "
+                            f"std {_numbers(weights.std)}",
+    }
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

@@ -42,5 +42,9 @@ def table(*columns: str) -> Table:
     return shown
 
 
+def megabytes(size: int | None) -> str:
+    return "size unknown" if size is None else f"{size / 1e6:.1f} MB"
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))

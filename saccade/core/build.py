@@ -66,7 +66,9 @@ def create_model(
     if pretrained:
         if checkpoint_path is not None:
             raise SaccadeError("pretrained=True and checkpoint_path are two sources of weights: give one")
-        checkpoint_path = _published(name, module)
+        from saccade.core.weights import weights_file
+
+        checkpoint_path = weights_file(name)
     if checkpoint_path is not None:
         model.load_report = load(model, checkpoint_path, fresh)
     elif fresh:
@@ -158,16 +160,6 @@ def _check_options(name: str, builder: Callable[..., Any], settings: dict[str, A
     for key in settings:
         if key not in accepted:
             raise SaccadeError(f"{name} has no option {key!r}{closest(key, accepted)}")
-
-
-def _published(name: str, module: Any) -> Path:
-    """The authors' weights of a model, downloaded to the cache and checked."""
-    from saccade.core.download import fetch
-
-    weights = module.CARD.weights.get(name)
-    if weights is None:
-        raise SaccadeError(f"{name}: no address of trained weights is known; give checkpoint_path")
-    return fetch(weights.url, None if weights.sha256 == "unknown" else weights.sha256)
 
 
 def info(name: str) -> dict[str, Any]:

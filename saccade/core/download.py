@@ -18,6 +18,26 @@ from saccade.core.errors import SaccadeError
 from saccade.core.files import sha256_of
 
 CHUNK = 1 << 18
+TIMEOUT = 60.0  # seconds without a byte
+
+
+class Unreachable(SaccadeError):
+    """An address that gives no file, or not all of it."""
+
+
+class WrongHash(SaccadeError):
+    """A file that is not the one it should be."""
+
+
+def cache_folder() -> Path:
+    """SACCADE_CACHE or ~/.cache/saccade."""
+    return Path(os.environ.get("SACCADE_CACHE") or Path.home() / ".cache" / "saccade")
+
+
+def place(url: str) -> Path:
+    """Where the file of an address lies in the cache, in a folder of its own: many a file is called model.pth."""
+    name = Path(unquote(urlsplit(url).path)).name
+    return cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
 def fetch(url: str, sha256: str | None, *, folder: Path | None = None) -> Path:
@@ -27,22 +47,21 @@ def fetch(url: str, sha256: str | None, *, folder: Path | None = None) -> Path:
     name only when it is whole and has the hash `sha256`, if one is given; until then it is `<name>.part`, and the next
     call goes on from there. Processes that want the same file wait for one of them.
 
-    Raises SaccadeError for an address that does not answer, a download cut off, and a wrong hash: that file is removed.
+    Raises Unreachable for an address that does not answer or answers with a page, and for a download cut off; WrongHash
+    for a wrong hash: that file is removed. Both are SaccadeErrors.
     """
     address = urlsplit(url)
     name = Path(unquote(address.path)).name
     if address.scheme not in ("http", "https", "file") or not name:
         raise SaccadeError(f"{url}: not the address of a file; give http://, https:// or file://")
-    if folder is None:  # many a file is called model.pth
-        cache = os.environ.get("SACCADE_CACHE") or Path.home() / ".cache" / "saccade"
-        folder = Path(cache) / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = folder or place(url).parent
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     with FileLock(folder / f".{name}.lock"):
         whole = path if path.is_file() else _download(url, folder / f"{name}.part")
         if sha256 is not None and (found := sha256_of(whole)) != sha256.lower():
             whole.unlink()
-            raise SaccadeError(f"{url}: its sha256 is {found}, not {sha256}; removed, check where it comes from")
+            raise WrongHash(f"{url}: its sha256 is {found}, not {sha256}; removed, check where it comes from")
         os.replace(whole, path)
     return path
 
@@ -54,7 +73,10 @@ def _download(url: str, part: Path) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
         request = Request(url, headers={"User-Agent": "saccade"} | ({"Range": f"bytes={start}-"} if start else {}))
-        with urlopen(request, timeout=60) as answer:
+        with urlopen(request, timeout=TIMEOUT) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise Unreachable(f"{url}: answers with a page, not a file; open it in a browser, then "
+                                  "`saccade weights import FILE`")
             if answer.status != 206:  # the whole file, from its beginning
                 start = 0
             length = answer.headers["Content-Length"]
@@ -67,15 +89,17 @@ def _download(url: str, part: Path) -> Path:
                     progress.advance(bar, len(block))
                 file.flush()
                 os.fsync(file.fileno())
+    except SaccadeError:
+        raise
     except HTTPError as problem:
         problem.close()
         if problem.code == 416 and start:  # nothing comes after `start`: what is there is of another file
             part.unlink()
             return _download(url, part)
-        raise SaccadeError(f"{url}: the server says {problem.code} {problem.reason}; check the address") from None
+        raise Unreachable(f"{url}: the server says {problem.code} {problem.reason}; check the address") from None
     except (OSError, HTTPException) as problem:
-        raise SaccadeError(f"{url}: {problem}; check the connection and call again, it goes on from there") from problem
+        raise Unreachable(f"{url}: {problem}; check the connection and call again, it goes on from there") from problem
     if total is not None and part.stat().st_size != total:
         size = part.stat().st_size
-        raise SaccadeError(f"{url}: cut off at {size} of {total} bytes; call again, it goes on from there")
+        raise Unreachable(f"{url}: cut off at {size} of {total} bytes; call again, it goes on from there")
     return part

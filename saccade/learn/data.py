@@ -116,6 +116,21 @@ def open_images(source: str | Path, *, seed: int = 0, strict: bool = False) -> I
     return ImageSet(name, classes, train, val, test, notes, fingerprint)
 
 
+def open_validation(root: str | Path) -> Split:
+    """All images of a folder with one sub-folder per class, as ImageNet's val; labels number the sorted names.
+
+    Raises:
+        SaccadeError: the folder does not exist or has no sub-folders with images.
+    """
+    root = Path(root).expanduser()
+    folders = _folders(root) if root.is_dir() else []
+    files = [(path, label) for label, folder in enumerate(folders) for path in _files(folder)[0]]
+    if not files:
+        raise SaccadeError(f"{root}: no sub-folders with images; give a folder with one sub-folder per class")
+    paths, labels = [path for path, _ in files], [label for _, label in files]
+    return Split(paths, labels, [path.relative_to(root).as_posix() for path in paths])
+
+
 def _as_split(items: list[Item], classes: list[str]) -> Split:
     number = {label: index for index, label in enumerate(classes)}
     return Split([item.source for item in items], [number[item.label] for item in items], [i.name for i in items])

@@ -46,8 +46,25 @@ def build_index() -> dict[str, Any]:
             if name not in sizes:
                 raise ValueError(f"{paper}: the alias {alias} points to {name}, which is none of its models")
             aliases[alias] = name
-        papers[paper] = dataclasses.asdict(card) | {"models": sizes}
+        papers[paper] = dataclasses.asdict(card) | {"models": sizes, "weights": _weights(paper, card)}
     return {"models": models, "mixers": mixers, "methods": methods, "aliases": aliases, "papers": papers}
+
+
+def _weights(paper: str, card: Card) -> dict[str, Any]:
+    """The trained weights of a paper, with what they leave to the card and the model, without what is the default."""
+    sizes = getattr(import_module(f"saccade.papers.{paper}"), "SIZES", {})
+    found = {}
+    for name, weights in card.weights.items():
+        if name not in sizes:
+            raise ValueError(f"{paper}: there are weights of {name}, which is none of its models")
+        weights = dataclasses.replace(
+            weights, img_size=weights.img_size or sizes[name].get("img_size", 224),
+            top1=weights.top1 or card.top1.get(name),
+            licence=card.weights_licence if weights.licence == "unknown" else weights.licence,
+        )
+        defaults = {field.name: field.default for field in dataclasses.fields(weights)}
+        found[name] = {key: value for key, value in vars(weights).items() if value != defaults[key]}
+    return found
 
 
 def systems() -> list[dict[str, Any]]:

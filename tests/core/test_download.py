@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from saccade.core import download
 from saccade.core.download import fetch
 from saccade.core.errors import SaccadeError
 
@@ -19,7 +21,8 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/model.pth, /cut/... cut off unless resumed, /plain/... no ranges, /moved/..., /unknown/... no length"""
+    """/model.pth, /cut/... cut off unless resumed, /plain/... no ranges, /moved/..., /unknown/... no length, /page/...
+    what people see, /slow/... in pieces, /stalled/... silent after a while unless resumed; /resolve/... as a hub."""
 
     asked: list[tuple[str, str | None]] = []
 
@@ -35,6 +38,9 @@ class Handler(BaseHTTPRequestHandler):
         if not name.startswith("model.pth"):
             self.send_error(404)
             return
+        if kind == "page":
+            self.answer(b"<!DOCTYPE html><html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"})
+            return
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and kind != "plain" else 0
         if start >= len(CONTENT):
             self.send_error(416)
@@ -45,7 +51,23 @@ class Handler(BaseHTTPRequestHandler):
         if kind != "unknown":
             self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : 600_000 if kind == "cut" and not start else None])
+        if kind == "slow":
+            for place in range(start, len(CONTENT), 200_000):
+                self.wfile.write(CONTENT[place : place + 200_000])
+                time.sleep(0.05)
+            return
+        self.wfile.write(CONTENT[start : 600_000 if kind in ("cut", "stalled") and not start else None])
+        if kind == "stalled" and not start:
+            self.wfile.flush()
+            time.sleep(0.6)
+
+    def answer(self, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -130,6 +152,23 @@ def test_addresses_that_give_nothing(server: str, tmp_path: Path) -> None:
     for url in (f"{server}/", server, "ftp://127.0.0.1/model.pth", "model.pth", ""):
         assert "not the address of a file" in error(url, None, tmp_path)
     assert files(tmp_path) == []
+
+
+def test_a_page_is_no_file(server: str, tmp_path: Path) -> None:
+    assert "answers with a page, not a file" in error(f"{server}/page/model.pth", None, tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_a_slow_server_is_waited_for_and_a_silent_one_is_not(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    assert fetch(f"{server}/slow/model.pth", HASH, folder=tmp_path / "slow").read_bytes() == CONTENT
+    url = f"{server}/stalled/model.pth"
+    assert "timed out; check the connection and call again" in error(url, HASH, tmp_path)
+    assert files(tmp_path) == ["model.pth.part", "slow"]
+    assert fetch(url, HASH, folder=tmp_path).read_bytes() == CONTENT
+    assert Handler.asked[-1][1] in ("bytes=600000-", "bytes=524288-")  # what came before it fell silent is kept
 
 
 def test_file_addresses(tmp_path: Path) -> None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import saccade.papers.swin as swin
 from saccade import SaccadeError, create_model, load
-from saccade.core.card import Weights
 from saccade.core.keymap import Dropped, matrix_from_1x1, rename
 
 
@@ -81,26 +75,6 @@ def test_input_channels(channels):
         torch.testing.assert_close(model.stem.proj.weight.detach(), rgb.sum(1, keepdim=True))
     else:
         torch.testing.assert_close(model.stem.proj.weight[:, 1].detach(), rgb[:, 1] * 3 / channels)
-
-
-def test_pretrained_downloads_checks_and_loads(tmp_path, monkeypatch):
-    file = tmp_path / "authors.safetensors"
-    save_file(create_model("swin_nano").state_dict(), file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setenv("SACCADE_CACHE", str(tmp_path / "cache"))
-
-    def card(sha256: str):
-        weights = {"swin_nano": Weights(file.as_uri(), sha256)}
-        monkeypatch.setattr(swin, "CARD", dataclasses.replace(swin.CARD, weights=weights))
-
-    card(digest)
-    model = create_model("swin_nano", pretrained=True)
-    assert model.load_report.loaded == model.load_report.of
-    card("0" * 64)
-    with pytest.raises(SaccadeError, match="0000"):
-        create_model("swin_nano", pretrained=True)
-    with pytest.raises(SaccadeError, match="no address"):
-        create_model("convnext_nano", pretrained=True)
 
 
 def test_options_that_contradict_are_errors():
