@@ -20,7 +20,7 @@ from saccade.core.card import Weights
 from saccade.core.download import cache_folder
 from saccade.core.errors import SaccadeError
 from saccade.core.files import sha256_of
-from saccade.core.index import resolve_model
+from saccade.core.index import is_backbone, resolve_model
 from saccade.core.names import closest, matching
 
 commands = typer.Typer(help="Trained weights: which exist, get them, check them.", no_args_is_help=True)
@@ -79,6 +79,8 @@ def check(
     from saccade.tools.watch import Watch
 
     name, path = resolve_model(name), store.weights_file(name)
+    if not is_backbone(name):
+        raise SaccadeError(f"{name} is no classifier: there is no top-1 to check")
     weights = replace(store.published(name), sha256=sha256_of(path), bytes=path.stat().st_size)
     model = saccade.create_model(name, pretrained=True)
     resume = cache_folder() / f"check-{hashlib.sha256(f'{data.resolve()} {weights}'.encode()).hexdigest()[:16]}.json"

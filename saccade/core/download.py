@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 def place(url: str) -> Path:
     """Where the file of an address lies in the cache, in a folder of its own: many a file is called model.pth."""
-    name = Path(unquote(urlsplit(url).path)).name
+    name = Path(unquote(urlsplit(url).path)).name or "weights"
     return cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 

@@ -17,12 +17,12 @@ from saccade.core.download import Unreachable, WrongHash, cache_folder, fetch, p
 from saccade.core.errors import SaccadeError
 from saccade.core.files import copy_whole, sha256_of, write_whole
 from saccade.core.index import index, model_paper, resolve_model
-from saccade.core.load import load
+from saccade.core.load import LAYOUTS, load
 
 LOCK = "weights.lock.json"
 PERMISSIVE = frozenset(("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "BSD-3-Clause-Clear", "ISC", "CC0-1.0"))
 # Places that show a page where a person presses a button.
-BY_HAND = ("drive.google.com", "1drv.ms", "onedrive.live.com", "pan.baidu.com", "www.dropbox.com", "disk.yandex.com")
+BY_HAND = ("drive.google.com", "1drv.ms", "pan.baidu.com", "mega.nz", ".sharepoint.com")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ def weights_file(name: str) -> Path:
     Raises SaccadeError where there are no weights, no place answers, or the hash is another.
     """
     weights = published(name)
+    if weights.layout not in LAYOUTS:
+        raise SaccadeError(f"{name}: {weights.source} is a {weights.layout} checkpoint, which is not read: convert it, "
+                           "then give checkpoint_path")
     places = (weights.source, *weights.mirrors)
     lock, expected = _locked(weights.source), _expected(weights)
     problems: list[str] = []
@@ -157,7 +160,9 @@ def _get(source: str, expected: str | None) -> Path:
     """The file of one place; Unreachable where it cannot be had, WrongHash where it is another."""
     kept, found = place(source), hub(source)
     if found is None:
-        if urlsplit(source).hostname in BY_HAND and not kept.is_file():
+        if kept.is_file() and expected in (None, sha256_of(kept)):
+            return kept
+        if (urlsplit(source).hostname or "").endswith(BY_HAND):
             raise Unreachable(f"{source} is a page: download it in a browser, then `saccade weights import FILE`")
         return fetch(source, expected)
     path = kept if kept.is_file() else _from_hub(source, found)

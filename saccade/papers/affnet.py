@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
@@ -53,6 +53,10 @@ CARD = Card(
     params={"affnet_et": 1.4e6, "affnet_t": 2.6e6, "affnet": 5.5e6},
     macs={"affnet_et": 0.4e9, "affnet_t": 0.8e9, "affnet": 1.5e9},
     top1={"affnet_et": 73.0, "affnet_t": 77.0, "affnet": 79.8},
+    weights={name: Weights(f"https://drive.google.com/drive/folders/{folder}?usp=drive_link")
+             for name, folder in (("affnet_et", "1q134GgWljvkvX2i_miEMlRcZ3CU9JK-V"),
+                                  ("affnet_t", "1yM_4bqTQdjjmBwIvlktYpuOvLgB8OhX7"),
+                                  ("affnet", "14MZ4QND009KqTmeFBpBnVVDSx7FfiKMi"))},
     goldens=("affnet_et", "op_adaptive_frequency_filter", "op_aff_block"),
 )
 

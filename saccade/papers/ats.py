@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.swap import Handle
@@ -48,6 +48,8 @@ CARD = Card(
     params={"ats_deit_small": 22.1e6},
     macs={"ats_deit_small": 2.9e9},
     top1={"ats_deit_small": 79.7},
+    weights={"ats_deit_small": Weights(  # DeiT's, unchanged
+        "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", licence="Apache-2.0")},
     goldens=("ats_deit_small", "ats_deit_tiny", "op_ats_block"),
     tests=("tests/papers/test_ats.py",),
 )

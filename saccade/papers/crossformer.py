@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -69,6 +69,20 @@ CARD = Card(
     aliases={
         **{f"cros_{size}_patch4_group7_224": f"crossformer_{size}" for size in ("tiny", "small", "base", "large")},
         **{f"cros_pp_{size}_patch4_group_const_224": f"crossformer_pp_{size}" for size in ("small", "base", "large")},
+    },
+    weights={
+        f"crossformer_{size}": Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing",
+                                       mirrors=(f"https://pan.baidu.com/s/{mirror}",))
+        for size, file, mirror in (
+            ("tiny", "1YSkU9enn-ITyrbxLH13zNcBYvWSEidfq", "1M45YXZgVvp6Ew9DO8UhdlA"),
+            ("small", "1RAkigsgr33va0RZ85S2Shs2BhXYcS6U8", "1Xf4MXfb_soCnJFBeNDmoQQ"),
+            ("base", "1bK8biVCi17nz_nkt7rBfio_kywUpllSU", "1f5dH__UGDXb-HoOPHT5p0A"),
+            ("large", "1zRWByVW_KIZ87NgaBkDIm60DAsGJErdG", "1YJLeHy_cxLBrZLklQBCA_A"),
+        )
+    } | {  # two of them are in one folder
+        f"crossformer_pp_{size}": Weights(f"https://pan.baidu.com/s/{folder}?pwd=crsf#{size}")
+        for size, folder in (("small", "1smc_kRoogd0Ig5vfqwuGTA"), ("base", "13XVP0ebtNcyRMmkl11ALYg"),
+                             ("large", "1xtPh-ndcOxRM7fPYYxIIRg"), ("huge", "1xtPh-ndcOxRM7fPYYxIIRg"))
     },
     goldens=("crossformer_tiny", "op_crossformer_attention", "op_crossformer_lda_block", "op_crossformer_patch_embed",
              "op_crossformer_sda_block"),

@@ -81,7 +81,8 @@ CARD = Card(
         **{f"crossvit_{depth}_dagger_408": f"crossvit_{depth}_dagger_384" for depth in (15, 18)},
     },
     weights={
-        name: Weights(f"{_ADDRESS}{name}{'_224' if name in _AT_224 else ''}.pth", licence="Apache-2.0")
+        name: Weights(f"{_ADDRESS}{name}{'_224' if name in _AT_224 else ''}.pth", licence="Apache-2.0",
+                      crop=0.875 if name in _AT_224 else 1.0)
         for name in _PUBLISHED
     },
     goldens=("crossvit_tiny", "op_crossvit_cross_attention", "op_crossvit_multi_scale_block"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
@@ -51,6 +51,13 @@ CARD = Card(
     macs={"cvt_13": 4.5e9, "cvt_21": 7.1e9, "cvt_13_384": 16.3e9, "cvt_21_384": 24.9e9, "cvt_w24": 193.2e9},
     top1={"cvt_13": 81.6, "cvt_21": 82.5, "cvt_13_384": 83.0, "cvt_21_384": 83.3},
     aliases={"cvt_w24_384": "cvt_w24"},
+    weights={  # one folder
+        name: Weights(f"https://1drv.ms/u/s!AhIXJn_J-blW9RzF3rMW7SsLHa8h?e=blQ0Al#{name}", data=data, top1=top1)
+        for name, data, top1 in (
+            ("cvt_13", "ImageNet-1K", None), ("cvt_21", "ImageNet-1K", None), ("cvt_13_384", "ImageNet-1K", None),
+            ("cvt_21_384", "ImageNet-1K", None), ("cvt_w24", "ImageNet-22K, ImageNet-1K", 87.6),
+        )
+    },
     goldens=("cvt_13", "op_cvt_conv_attention", "op_cvt_conv_attention_avg"),
 )
 

@@ -59,8 +59,7 @@ CARD = Card(
     # The giant was trained on 1.5 billion pairs of images and texts.
     top1=dict(zip(_PUBLISHED, (82.8, 84.2, 84.6), strict=True)) | {"davit_giant": 90.4},
     weights={
-        name: Weights(f"https://huggingface.co/timm/{name}.msft_in1k/resolve/main/model.safetensors",
-                      licence="Apache-2.0", layout="timm")
+        name: Weights(f"timm:{name}.msft_in1k", layout="timm", crop=0.95, licence="Apache-2.0")
         for name in _PUBLISHED
     },
     goldens=("davit_tiny", "op_davit_channel_attention", "op_davit_channel_block", "op_davit_spatial_block"),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.ops.window import pad_ends
 from saccade.parts.convolution import depthwise
@@ -38,6 +38,13 @@ CARD = Card(
     keywords="super-resolution, dynamic local self-attention, sparse global self-attention, dynamic convolution",
     kinds=("restoration",),
     params={"dlgsanet_tiny_x4": 581e3, "dlgsanet_light_x4": 761e3, "dlgsanet_x4": 4.76e6},
+    weights={  # one folder; the lightweight ones were trained anew after the paper
+        f"dlgsanet_{size}_x{scale}": Weights(
+            f"https://drive.google.com/drive/folders/1jbh5hNP4AGhsMPabWG7yq1mIDa_FcriO?usp=drive_link#{size}_x{scale}",
+            data="DIV2K")
+        for size in ("tiny", "light") for scale in (2, 3, 4)
+    } | {"dlgsanet_x4": Weights(
+        "https://drive.google.com/drive/folders/1kqjoO7IEi7QmaOSEH37xKjRA_LcmL2eU?usp=sharing", data="DIV2K")},
     goldens=("dlgsanet_tiny_x4", "op_dlgsanet_idynamic_dwconv", "op_dlgsanet_sparse_gsa",
              "op_dlgsanet_sparse_gsa_tlc"),
     tests=("tests/papers/test_dlgsanet.py",),

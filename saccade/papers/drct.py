@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.parts.block import Block
@@ -41,6 +41,9 @@ CARD = Card(
     keywords="super-resolution, dense residual connection, shifted window attention, information bottleneck",
     kinds=("restoration",),
     params={"drct_x4": 14.13e6},
+    weights={name: Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", data=data)
+             for name, file, data in (("drct_x4", "1jw2UWAersWZecPq-c_g5RM3mDOoc_cbd", "DF2K"),
+                                      ("drct_l_x4", "1bVxvA6QFbne2se0CQJ-jyHFy94UOi3h5", "ImageNet-1K, DF2K"))},
     goldens=("drct_x4", "op_drct_rdg"),
     tests=("tests/papers/test_drct.py",),
 )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap
 from saccade.core.swap import Handle
 from saccade.ops.attend import attend
@@ -42,6 +42,11 @@ CARD = Card(
     params={"evit_deit_small": 22.1e6},
     macs={"evit_deit_small": 3.0e9},
     top1={"evit_deit_small": 79.5},
+    weights={
+        name: Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", top1=top1, licence="Apache-2.0")
+        for name, file, top1 in (("evit_deit_small", "1FfvdEBss9f8gexjqEY8vOSUQe_8qwYuL", 79.5),
+                                 ("evit_deit_small_nofuse", "1VCZGphW34rFWZDXOoF7XO4EJfRLZ-YB8", 79.4))
+    },
     goldens=("evit_deit_small", "evit_deit_tiny_nofuse", "op_evit_block"),
     tests=("tests/papers/test_evit.py",),
 )

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import note
@@ -59,6 +59,12 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (27e6, 60e6, 106e6, 27e6, 61e6, 30e6, 30e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (4.5e9, 9.7e9, 16.7e9, 4.5e9, 9.7e9, 4.4e9, 4.4e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (83.7, 84.5, 85.0, 84.4, 85.3, 82.5, 82.1), strict=True)),
+    weights={name: Weights(f"https://1drv.ms/u/s!AkBbczdRlZvC{share}")
+             for name, share in (
+                 ("glnet_4g", "yG9DjS_AMqnJQiX1?e=tOkhHP"), ("glnet_9g", "yEGFQ6kfWV-wVZei?e=wWwR8z"),
+                 ("glnet_16g", "yjaBxC3h-B8CHWMm?e=GfR0kg"), ("glnet_4g_tklb", "yAWcOdlTUa2J3vsX?e=wE4ch1"),
+                 ("glnet_9g_tklb", "ynPEcg-fC7ZDCMEt?e=bwufeR"), ("glnet_stl", "yBFaAILEMu_dtbbV?e=9Ghhi3"),
+                 ("glnet_stl_paramslot", "yG0eat5zCE9upcQR?e=vmbmo1"))},
     goldens=("glnet_4g", "op_glmix_block", "op_glmix_block_paramslot"),
 )
 

@@ -76,11 +76,12 @@ CARD = Card(
     top1={"halonet_h0": 77.9, "halonet_h1": 79.9, "halonet_h2": 80.4, "halonet_h3": 81.9, "halonet_h4": 83.3,
           "halonet_h5": 84.0, "halonet_h6": 84.4, "halonet_h7": 84.9},
     weights={
-        name: Weights(f"{_ADDRESS}{file}.pth", licence="Apache-2.0")
-        for name, file in {
-            "halonet26t": "halonet26t_a1h_256-3083328c", "sehalonet33ts": "sehalonet33ts_256-87e053f9",
-            "halonet50ts": "halonet50ts_a1h2_256-f3a3daee",
-        }.items()
+        name: Weights(f"{_ADDRESS}{file}.pth", crop=crop, top1=top1, licence="Apache-2.0")
+        for name, file, crop, top1 in (
+            ("halonet26t", "halonet26t_a1h_256-3083328c", 0.95, 79.1),
+            ("sehalonet33ts", "sehalonet33ts_256-87e053f9", 0.94, 81.0),
+            ("halonet50ts", "halonet50ts_a1h2_256-f3a3daee", 0.94, 81.6),
+        )
     },
     goldens=("halonet26t", "op_halo_attention", "op_halo_attention_small", "op_halo_attention_stride"),
     tests=("tests/papers/test_halonet.py",),

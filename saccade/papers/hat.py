@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.ops.attend import attend
@@ -47,6 +47,11 @@ CARD = Card(
     keywords="super-resolution, hybrid attention, channel attention, overlapping cross-attention, image restoration",
     kinds=("restoration",),
     params={"hat_s_x4": 9.6e6, "hat_x4": 20.8e6, "hat_l_x4": 40.8e6},
+    weights={  # one folder
+        name: Weights(f"https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0?usp=sharing#{name}",
+                      data="ImageNet-1K, DF2K" if "_l_" in name else "DF2K")
+        for name in (f"hat{size}_x{scale}" for size in ("_s", "", "_l") for scale in (2, 3, 4))
+    },
     goldens=("hat_s_x2", "op_hat_cab", "op_hat_hab_shift", "op_hat_ocab"),
     tests=("tests/papers/test_hat.py",),
 )

@@ -63,7 +63,7 @@ CARD = Card(
     top1={"densenet121_ibn_a": 75.53, "densenet169_ibn_a": 76.75, "resnet18_ibn_a": 70.83, "resnet34_ibn_a": 74.22,
           "resnet50_ibn_a": 77.46, "resnet101_ibn_a": 78.61, "resnext101_ibn_a": 79.12, "se_resnet101_ibn_a": 78.75},
     weights={
-        name: Weights(f"{_ADDRESS}{name}-{digest}.pth", licence="MIT")
+        name: Weights(f"{_ADDRESS}{name}-{digest}.pth", interpolation="bilinear", licence="MIT")
         for name, digest in {
             "resnet18_ibn_a": "2f571257", "resnet34_ibn_a": "94bc1577", "resnet50_ibn_a": "d9d0bb7b",
             "resnet101_ibn_a": "59ea0ac6", "resnet18_ibn_b": "bc2f3c11", "resnet34_ibn_b": "04134c37",

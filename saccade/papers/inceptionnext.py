@@ -52,8 +52,10 @@ CARD = Card(
     top1={"inceptionnext_atto": 75.3, "inceptionnext_tiny": 82.3, "inceptionnext_small": 83.5,
           "inceptionnext_base": 84.0, "inceptionnext_base_384": 85.2},
     aliases={f"inception_next_{size}": f"inceptionnext_{size}" for size in ("atto", "tiny", "small", "base")},
-    weights={name: Weights(f"{_ADDRESS}{name}.pth", licence="Apache-2.0")
-             for name in ("inceptionnext_tiny", "inceptionnext_small", "inceptionnext_base", "inceptionnext_base_384")},
+    weights={name: Weights(f"{_ADDRESS}{name}.pth", crop=crop, licence="Apache-2.0")
+             for name, crop in (("inceptionnext_tiny", 0.875), ("inceptionnext_small", 0.875),
+                                ("inceptionnext_base", 0.95), ("inceptionnext_base_384", 1.0))}
+    | {"inceptionnext_atto": Weights("timm:inception_next_atto.sail_in1k", licence="Apache-2.0")},
     goldens=("inceptionnext_atto", "inceptionnext_tiny", "op_inception_dwconv"),
 )
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import HALF, Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -67,6 +67,16 @@ CARD = Card(
         (f"maxvit_{size}_tf{side}" for size in _SIZES for side in ("", "_384", "_512")),
         (83.62, 85.24, 85.72, 84.45, 85.74, 86.19, 84.95, 86.34, 86.66, 85.17, 86.40, 86.70), strict=True)),
     aliases={f"maxvit_{size}_tf_224": f"maxvit_{size}_tf" for size in (*_SIZES, "xlarge")},
+    weights={  # the authors' are TensorFlow's
+        f"maxvit_{size}_tf{side}": Weights(f"timm:maxvit_{size}_tf{side or '_224'}.in1k", licence="Apache-2.0",
+                                           **({"mean": HALF, "std": HALF, "crop": 1.0} if side else {"crop": 0.95}))
+        for size in _SIZES for side in ("", "_384", "_512")
+    } | {
+        f"maxvit_xlarge_tf_{side}": Weights(
+            f"timm:maxvit_xlarge_tf_{side}.in21k_ft_in1k", data="ImageNet-21K, ImageNet-1K", mean=HALF, std=HALF,
+            crop=1.0, top1=top1, licence="Apache-2.0")
+        for side, top1 in ((384, 88.3), (512, 88.5))
+    },
     goldens=("maxvit_tiny_tf", "op_maxvit_block_attention", "op_maxvit_grid_attention"),
 )
 

@@ -57,7 +57,7 @@ CARD = Card(
     top1=dict(zip((*_PUBLISHED, *_ABLATED), (77.2, 80.3, 81.4, 82.1, 82.5, 74.3, 78.3, 81.0, 77.5, 77.9), strict=True)),
     aliases={f"metaformer_{letters}_s12_224": f"metaformer_{letters}_s12"
              for letters in ("pppa", "ppaa", "pppf", "ppff")},
-    weights={name: Weights(f"{_ADDRESS}{name}.pth.tar") for name in _PUBLISHED},
+    weights={name: Weights(f"{_ADDRESS}{name}.pth.tar", crop=0.95 if "_m" in name else 0.9) for name in _PUBLISHED},
     goldens=("poolformer_s12", "metaformer_ppaa_s12", "op_poolformer_block", "op_pooling_mixer"),
 )
 

@@ -37,7 +37,7 @@ from saccade.parts.pyramid import Pyramid
 from saccade.parts.spatial import Identity, Pooling, SpatialFc
 from saccade.parts.stem import PatchEmbed
 
-_ADDRESS = "https://huggingface.co/sail/dl/resolve/main/"
+_ADDRESS = "hf:sail/dl/"
 _BASIC = ("s12", "s24", "s36", "m36", "m48")
 _COMMON = ("s18", "s36", "m36", "b36")
 
@@ -82,7 +82,7 @@ CARD = Card(
     macs={name: row[1] * 1e9 for name, row in _PUBLISHED.items()},
     top1={name: row[2] for name, row in _PUBLISHED.items()},
     weights={
-        f"{family}_{size}{suffix}": Weights(f"{_ADDRESS}{family}/{family}_{size}{suffix}.pth", data=data)
+        f"{family}_{size}{suffix}": Weights(f"{_ADDRESS}{family}/{family}_{size}{suffix}.pth", data=data, crop=1.0)
         for families, sizes, suffixes in (
             (("identityformer", "randformer", "poolformerv2"), _BASIC, {"": "ImageNet-1K"}),
             (("convformer", "caformer"), _COMMON, {

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import HALF, IMAGENET_MEAN, IMAGENET_STD, Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -40,6 +40,8 @@ from saccade.parts.position import resample
 from saccade.parts.pyramid import Pyramid, no_mixer
 from saccade.parts.stem import ConvStem
 from saccade.parts.tokens import global_tokens
+
+_ADDRESS = "https://storage.googleapis.com/gresearch/tf-deeplab/checkpoint/"
 
 CARD = Card(
     "MOAT: Alternating Mobile Convolution and Attention Brings Strong Vision Models",
@@ -61,8 +63,22 @@ CARD = Card(
     macs={"moat_0": 5.7e9, "moat_1": 9.1e9, "moat_2": 54.3e9, "moat_3": 271.0e9, "moat_4": 648.5e9,
           "tiny_moat_0": 1.1e9, "tiny_moat_1": 1.6e9, "tiny_moat_2": 3.0e9, "tiny_moat_3": 6.0e9},
     top1={"moat_0": 83.3, "moat_1": 84.2, "tiny_moat_0": 76.6, "tiny_moat_1": 79.2, "tiny_moat_2": 81.7,
-          "tiny_moat_3": 83.3, "moat_0_no_pe": 83.0, "moat_1_no_pe": 84.1, "tiny_moat_0_no_pe": 76.0,
+          "tiny_moat_3": 83.3, "moat_2": 87.5, "moat_3": 88.4, "moat_4": 89.1, "moat_2_no_pe": 87.2,
+          "moat_3_no_pe": 88.2, "moat_4_no_pe": 88.9,
+          "moat_0_no_pe": 83.0, "moat_1_no_pe": 84.1, "tiny_moat_0_no_pe": 76.0,
           "tiny_moat_1_no_pe": 78.9, "tiny_moat_2_no_pe": 81.3, "tiny_moat_3_no_pe": 83.0},
+    weights={
+        f"{name}{'' if table == 'w' else '_no_pe'}": Weights(
+            f"{_ADDRESS}{name.replace('moat_', 'moat')}_imagenet_{run}_{table}_position_embedding.tar.gz",
+            layout="tensorflow", data=data, mean=mean, std=std)
+        for names, run, data, mean, std in (
+            (("moat_0", "moat_1"), "1k_224", "ImageNet-1K", IMAGENET_MEAN, IMAGENET_STD),
+            (("moat_2",), "22k_and_1k_384", "ImageNet-22K, ImageNet-1K", HALF, HALF),
+            (("moat_3", "moat_4"), "22k_and_1k_512", "ImageNet-22K, ImageNet-1K", HALF, HALF),
+            (tuple(f"tiny_moat_{size}" for size in range(4)), "1k_256", "ImageNet-1K", IMAGENET_MEAN, IMAGENET_STD),
+        )
+        for name in names for table in ("w", "wo")
+    },
     goldens=("tiny_moat_0", "op_moat_attention", "op_moat_block"),
 )
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from saccade.core.card import Card, Weights
+from saccade.core.card import HALF, Card, Weights
 from saccade.core.keymap import KeyMap, Rule, matrix_from_1x1, within
 from saccade.parts.mobilenet import (
     INVERTED_ROWS,
@@ -49,7 +49,14 @@ CARD = Card(
           "mobilenet_v2": 72.0, "mobilenet_v2_140": 74.7, "mobilenet_v2_050": 65.4},
     aliases={"mobilenetv1_100": "mobilenet_v1", "mobilenetv2_100": "mobilenet_v2",
              "mobilenetv2_140": "mobilenet_v2_140", "mobilenetv2_050": "mobilenet_v2_050"},
-    weights={"mobilenet_v2": Weights("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth")},
+    weights={
+        "mobilenet_v2": Weights("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+                                interpolation="bilinear", top1=71.9),
+        "mobilenet_v1": Weights("timm:mobilenetv1_100.ra4_e3600_r224_in1k", layout="timm", mean=HALF, std=HALF,
+                                top1=75.4, licence="Apache-2.0"),
+        "mobilenet_v2_140": Weights("timm:mobilenetv2_140.ra_in1k", layout="timm", top1=76.5, licence="Apache-2.0"),
+        "mobilenet_v2_050": Weights("timm:mobilenetv2_050.lamb_in1k", layout="timm", top1=65.9, licence="Apache-2.0"),
+    },
     tests=("tests/papers/test_mobilenet.py",),
 )
 

@@ -51,7 +51,7 @@ CARD = Card(
                       "moh_transnext_base_50"), _PUBLISHED, strict=True)),
     weights={
         f"moh_vit_{short.lower()}_{share}": Weights(
-            f"https://huggingface.co/Chat-UniVi/MoH-ViT-{short}-{share}/resolve/main/moh_transnext_{size}_{share}.pth",
+            f"hf:Chat-UniVi/MoH-ViT-{short}-{share}/moh_transnext_{size}_{share}.pth",
             licence="Apache-2.0")
         for short, size, share in (("S", "small", 80), ("B", "base", 75), ("B", "base", 50))
     },

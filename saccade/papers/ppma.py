@@ -58,7 +58,7 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED, (2.7e9, 4.9e9, 10.6e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (82.6, 84.2, 85.0), strict=True)),
     weights={
-        f"ppma_{size.lower()}": Weights("https://huggingface.co/ZhongchenZhao/PPMA/resolve/main/checkpoints/"
+        f"ppma_{size.lower()}": Weights("hf:ZhongchenZhao/PPMA/checkpoints/"
                                         f"classification/PPMA_{size}_{run}/best.pth")
         for size, run in (("T", "202502251000"), ("S", "202504021000"), ("B", "202504101400"))
     },

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -53,6 +53,13 @@ CARD = Card(
     kinds=("restoration", "mixer"),
     mixers={"recursive_generalization": "RecursiveGeneralization", "rectangle_window": "RectangleWindow"},
     params={"rgt_s_x4": 10.2e6, "rgt_x4": 13.37e6},
+    weights={  # two folders
+        f"{name}_x{scale}": Weights(f"https://drive.google.com/drive/folders/{folder}?usp=drive_link#x{scale}",
+                                    data="DF2K")
+        for name, folder in (("rgt_s", "1j46WHs1Gvyif1SsZXKy1Y1IrQH0gfIQ1"),
+                             ("rgt", "1zxrr31Kp2D_N9a-OUAPaJEn_yTaSXTfZ"))
+        for scale in (2, 3, 4)
+    },
     goldens=("rgt_s_x2", "op_rgt_lsa_shift", "op_rgt_rgsa"),
     tests=("tests/papers/test_rgt.py",),
 )

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.site import Site
@@ -59,6 +59,10 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (14e6, 27e6, 54e6, 95e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (2.5e9, 4.5e9, 9.7e9, 18.2e9), strict=True)),
     top1=dict(zip(_PUBLISHED, (82.4, 84.1, 85.0, 85.5), strict=True)),
+    weights={name: Weights(f"https://pan.baidu.com/s/{share}")
+             for name, share in (
+                 ("rmt_t", "1uTSCuPqYRNmT4Zb4Je9BOw?pwd=vsyv"), ("rmt_s", "1aQeErkmy191-zshlW2bT0g?pwd=3ay4"),
+                 ("rmt_b", "1ZDNl_broia_fvvlEoTaFhA?pwd=yzge"), ("rmt_l", "1v7QWgAh0TulWOTg4d94KHw?pwd=uewu"))},
     goldens=("rmt_t", "op_rmt_masa_decomposed", "op_rmt_masa_full"),
     tests=("tests/papers/test_rmt.py",),
 )

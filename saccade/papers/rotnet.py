@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 
@@ -33,6 +33,7 @@ CARD = Card(
     read="paper",
     keywords="self-supervised learning, rotation prediction, pretext task, AlexNet, network in network",
     kinds=("pretraining",),
+    weights={"rotnet_alexnet": Weights("https://mega.nz/#!n81AnC6L!xTbo_D3xd7QOpOSG1UFSChmDr8mbcuWbVjhQMaC4yoE")},
     goldens=("rotnet_alexnet", "rotnet_nin4", "op_rotnet_rotations"),
     tests=("tests/papers/test_rotnet.py",),
 )

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.names import matching
@@ -71,6 +71,20 @@ CARD = Card(
     top1={name: row[2] for name, row in _TABLE.items()},
     # "_distill" trains the same network; the golden `sret_t_coef` is sret_t under other names.
     aliases={**{f"sret_{size}_distill": f"sret_{size}" for size in ("t", "lt", "s")}, "sret_t_coef": "sret_t"},
+    weights={
+        f"sret_{name}": Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", top1=top1)
+        for name, file, top1 in (  # distilled where it is sret_lt, sret_lt_wo_slice, or larger than 224
+            ("t", "1FDTpva6y-I_bKmyVmLFDn_3BlDq3dwni", None), ("s", "1y6F_bCgS1sagm7pxjAtuSPUB5HoNb8Ed", None),
+            ("t_wo_slice", "1wHM7NRSkz-WykCSES17xFV56h_m5RMXj", None),
+            ("lt", "1l6u0q4kwli5czEyo4TeJANtqsulh-J5G", 77.7),
+            ("lt_wo_slice", "1FDqkfkw5nZEuTcBmiBKg3lvPJOPQWS6i", 77.9),
+            ("lt_16_14_1", "1sKW9KJ5PLkDVXcW6m7dp8ieLwyCJNRqV", None),
+            ("s_wo_slice", "1vlsxJieKhfnw-F6xFiwczvXBuk7ugXxm", None),
+            ("t_wo_slice_384", "11mWAktu6LrNa0Qt61WJGA0eTWoKYD1Be", None),
+            ("s_wo_slice_384", "1z5whJpXbbtFdjLpS1pCPvKcJhVnYCeo-", None),
+            ("s_wo_slice_512", "1AZXIGMiGboI-nkoKuPnHnhDlBwZumuiB", None),
+        )
+    },
     goldens=("sret_t", "sret_t_coef", "op_sret_group_attention", "op_sret_group_attention_shuffled"),
     tests=("tests/papers/test_sret.py",),
 )

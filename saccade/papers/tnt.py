@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.card import Card, Weights
+from saccade.core.card import HALF, Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, within, without_first_axis
 from saccade.core.site import Site
 from saccade.ops.window import partition
@@ -54,7 +54,8 @@ CARD = Card(
     macs={"tnt_ti": 1.4e9, "tnt_s": 5.2e9, "tnt_b": 14.1e9},
     top1={"tnt_ti": 73.9, "tnt_s": 81.5, "tnt_b": 82.9},
     aliases={"tnt_t": "tnt_ti", "tnt_tiny": "tnt_ti", "tnt_s_patch16_224": "tnt_s", "tnt_b_patch16_224": "tnt_b"},
-    weights={"tnt_s": Weights(f"{_ADDRESS}tnt_s_81.5.pth.tar"), "tnt_b": Weights(f"{_ADDRESS}tnt_b_82.9.pth.tar")},
+    weights={name: Weights(f"{_ADDRESS}{name}_{score}.pth.tar", mean=HALF, std=HALF, crop=0.9)
+             for name, score in (("tnt_s", 81.5), ("tnt_b", 82.9))},
     goldens=("tnt_s", "op_tnt_block"),
     tests=("tests/papers/test_tnt.py",),
 )

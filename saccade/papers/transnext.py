@@ -52,7 +52,7 @@ CARD = Card(
     top1=dict(zip(_PUBLISHED, (82.5, 84.0, 84.7, 84.8), strict=True)),
     weights={
         f"transnext_{size}".lower(): Weights(
-            f"https://huggingface.co/DaiShiResearch/transnext-{size.replace('_', '-')}-{side}-1k/resolve/main/"
+            f"hf:DaiShiResearch/transnext-{size.replace('_', '-')}-{side}-1k/"
             f"transnext_{size}_{side}_1k.pth")
         for size, side in (("micro", 224), ("tiny", 224), ("small", 224), ("base", 224), ("micro_AAAA", 256))
     },

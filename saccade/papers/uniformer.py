@@ -46,6 +46,8 @@ from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import ConvStem
 
+_DRIVE = "https://drive.google.com/file/d/"
+
 CARD = Card(
     "UniFormer: Unifying Convolution and Self-attention for Visual Recognition",
     authors="Li, Wang, Zhang, Gao, Song, Liu, Li, Qiao",
@@ -69,8 +71,11 @@ CARD = Card(
           "uniformer_base": 83.8, "uniformer_base_ls": 83.9, "uniformer_large_ls": 85.6, "uniformer_xxs": 80.6,
           "uniformer_xs": 82.0},
     weights={
-        name: Weights(f"https://huggingface.co/Sense-X/uniformer_image/resolve/main/{name}_in1k.pth", licence="MIT")
+        name: Weights(f"hf:Sense-X/uniformer_image/{name}_in1k.pth", licence="MIT")
         for name in ("uniformer_small", "uniformer_small_plus", "uniformer_base")
+    } | {  # the large one learnt from token labels
+        "uniformer_base_ls": Weights(f"{_DRIVE}10FnwzMVgGL8bPO3EMZ7oG4vDvqnPoBK5/view?usp=sharing", licence="MIT"),
+        "uniformer_large_ls": Weights(f"{_DRIVE}173e2qaJhOwbuC_DbNQSH47Oo_04mSfDj/view?usp=sharing", licence="MIT"),
     },
     goldens=("uniformer_small", "uniformer_xxs", "uniformer_video_small", "op_uniformer_c_block",
              "op_uniformer_sa_block", "op_uniformer_video_c_block", "op_uniformer_video_sa_block",

@@ -41,7 +41,7 @@ from saccade.parts.stem import ConvStem
 
 _PUBLISHED = tuple(f"unireplknet_{size}" for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl"))
 
-_ADDRESS = "https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_"
+_ADDRESS = "hf:DingXiaoH/UniRepLKNet/unireplknet_"
 _FINETUNED = "ImageNet-22K, ImageNet-1K"
 
 CARD = Card(

@@ -33,7 +33,7 @@ from saccade.parts.stem import PatchEmbed
 
 _PUBLISHED = tuple(f"van_b{number}" for number in range(7))
 
-_ADDRESS = "https://huggingface.co/Visual-Attention-Network/VAN-"
+_ADDRESS = "hf:Visual-Attention-Network/VAN-"
 
 CARD = Card(
     "Visual Attention Network",
@@ -51,10 +51,10 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED, (0.88e9, 2.5e9, 5.0e9, 9.0e9, 12.2e9, 17.2e9, 38.4e9), strict=True)),
     top1={"van_b0": 75.4, "van_b1": 81.1, "van_b2": 82.8, "van_b3": 83.9, "van_b4": 84.2},
     weights={
-        "van_b0": Weights(_ADDRESS + "Tiny-original/resolve/main/van_tiny_754.pth.tar"),
-        "van_b1": Weights(_ADDRESS + "Small-original/resolve/main/van_small_811.pth.tar"),
-        "van_b2": Weights(_ADDRESS + "Base-original/resolve/main/van_base_828.pth.tar"),
-        "van_b3": Weights(_ADDRESS + "Large-original/resolve/main/van_large_839.pth.tar"),
+        "van_b0": Weights(_ADDRESS + "Tiny-original/van_tiny_754.pth.tar"),
+        "van_b1": Weights(_ADDRESS + "Small-original/van_small_811.pth.tar"),
+        "van_b2": Weights(_ADDRESS + "Base-original/van_base_828.pth.tar"),
+        "van_b3": Weights(_ADDRESS + "Large-original/van_large_839.pth.tar"),
     },
     goldens=("van_b0", "op_lka", "op_van_attention"),
 )

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -50,6 +50,11 @@ CARD = Card(
         **{f"vim_{size}_patch16_224": f"vim_{size}" for size in ("tiny", "small", "base")},
         **{f"vim_{size}{_LONG}midclstok_div2": f"vim_{size}" for size in ("tiny", "small")},
         f"vim_base{_LONG}middle_cls_token_div2": "vim_base",
+    },
+    weights={
+        f"vim_{size}": Weights(f"hf:hustvl/Vim-{size}-midclstok/vim_{size[0]}_midclstok_{score}acc.pth",
+                               licence="Apache-2.0")
+        for size, score in (("tiny", "76p1"), ("small", "80p5"), ("base", "81p9"))
     },
     goldens=("op_vim_bimamba_v2",),
     tests=("tests/papers/test_vim.py",),

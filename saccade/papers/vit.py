@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.core.card import Card, Weights
+from saccade.core.card import HALF, Card, Weights
 from saccade.core.keymap import KeyMap, without_first_axis
 from saccade.parts.attention import Attention
 from saccade.parts.head import Pooling
@@ -65,6 +65,18 @@ CARD = Card(
             "deit_base_patch16_384": "8de9b5d1",
             "deit_base_distilled_patch16_384": "d0272ac0",
         }.items()
+    } | {
+        name: Weights(f"timm:{name}.{tag}_in21k_ft_in1k", data="ImageNet-21K, ImageNet-1K", mean=HALF, std=HALF,
+                      crop=1.0 if name.endswith("384") else 0.9, top1=top1, licence="Apache-2.0")
+        for name, tag, top1 in (
+            ("vit_tiny_patch16_224", "augreg", 75.5), ("vit_tiny_patch16_384", "augreg", 78.4),
+            ("vit_small_patch16_224", "augreg", 81.4), ("vit_small_patch16_384", "augreg", 83.8),
+            ("vit_small_patch32_224", "augreg", 76.0), ("vit_small_patch32_384", "augreg", 80.5),
+            ("vit_base_patch16_224", "augreg2", 85.1), ("vit_base_patch16_384", "augreg", 86.0),
+            ("vit_base_patch32_224", "augreg", 80.7), ("vit_base_patch32_384", "augreg", 83.4),
+            ("vit_large_patch16_224", "augreg", 85.9), ("vit_large_patch16_384", "augreg", 87.1),
+            ("vit_large_patch32_384", "orig", 81.5),
+        )
     },
     tests=("tests/papers/test_vit.py",),
 )

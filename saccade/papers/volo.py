@@ -60,6 +60,7 @@ _TABLE: dict[str, tuple[float, float | None, float, str]] = {
     "volo_d5_448": (296e6, 304e9, 87.0, "d5_448_87.0"),
     "volo_d5_512": (296e6, 412e9, 87.1, "d5_512_87.07"),
 }
+_CROPS = {"d1_384": 1.0, "d2_384": 1.0, "d3_448": 1.0, "d4_448": 1.15, "d5_448": 1.15, "d5_512": 1.15}
 
 CARD = Card(
     "VOLO: Vision Outlooker for Visual Recognition",
@@ -78,7 +79,8 @@ CARD = Card(
     macs={name: row[1] for name, row in _TABLE.items() if row[1]},
     top1={name: row[2] for name, row in _TABLE.items()},
     aliases={f"volo_d{size}_224": f"volo_d{size}" for size in range(1, 6)},
-    weights={name: Weights(f"{_ADDRESS}{row[3]}.pth.tar", licence="Apache-2.0") for name, row in _TABLE.items()},
+    weights={name: Weights(f"{_ADDRESS}{row[3]}.pth.tar", crop=_CROPS.get(name[5:], 0.96), licence="Apache-2.0")
+             for name, row in _TABLE.items()},
     goldens=("volo_d1", "op_outlook_attention", "op_outlook_attention_stride1"),
     tests=("tests/papers/test_volo.py", "tests/learn/test_token_labeling.py"),
 )

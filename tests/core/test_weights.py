@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from saccade import create_model
+from saccade import create_model, load
 from saccade.core import weights as store
 from saccade.core.card import Weights
 from saccade.core.errors import SaccadeError
@@ -299,10 +299,36 @@ def test_what_the_cards_say(name: str) -> None:
     weights = store.published(name)
     assert store.hub(weights.source) or weights.source.startswith("https://")
     assert len(weights.mean) == len(weights.std) == 3 and 0.7 <= weights.crop <= 1.2
-    assert weights.interpolation in ("bicubic", "bilinear") and weights.layout in ("authors", "timm")
+    assert weights.interpolation in ("bicubic", "bilinear") and weights.layout in ("authors", "timm", "tensorflow")
     assert weights.sha256 == "unknown" or len(weights.sha256) == 64
     assert weights.source.startswith("timm:") <= (weights.layout == "timm" or not hasattr(_paper(name), "TIMM"))
     assert weights.top1 is None or 50 < weights.top1 < 95
+
+
+TIMM = [name for name in store.list_weights() if store.published(name).source.startswith("timm:")]
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if {"base", "large", "xlarge", "small"} & set(name.split("_")) else ())
+    for name in TIMM
+])
+def test_what_timm_gives_fits(name: str) -> None:
+    """Names and shapes of timm's model of that id are accounted for, every one, by our key map."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs = timm.create_model(store.published(name).source.removeprefix("timm:"), pretrained=False)
+        ours = create_model(name)
+    report = load(ours, theirs.state_dict())
+    assert report.loaded == report.of and not report.left and not report.resized
+    settings = theirs.pretrained_cfg
+    weights = store.published(name)
+    assert (weights.mean, weights.std, weights.interpolation) == tuple(
+        settings[key] for key in ("mean", "std", "interpolation"))
+    assert (weights.img_size, weights.crop) == (settings["input_size"][1], settings["crop_pct"])
+
+
+def test_a_layout_that_is_not_read_is_told() -> None:
+    assert "is a tensorflow checkpoint, which is not read" in error("moat_0")
 
 
 def _paper(name: str) -> Any:
