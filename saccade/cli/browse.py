@@ -123,14 +123,15 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
 
 def _weights_facts(name: str) -> dict[str, Any]:
     weights = published(name)
-    sides = f"{weights.img_size} px" if isinstance(weights.img_size, int) else weights.img_size
+    evaluation = (f"{weights.img_size} px, crop {weights.crop:g}, {weights.interpolation}, "
+                  f"mean {_numbers(weights.mean)}, std {_numbers(weights.std)}")
     return {
         "published weights": f"{weights.source} ({weights.data}, licence {weights.licence})",
         "mirrors": ", ".join(weights.mirrors),
         "their status": status(name),
         "their file": f"{weights.layout} layout, {megabytes(weights.bytes)}, sha256 {weights.sha256}",
-        "their evaluation": f"{sides}, crop {weights.crop:g}, {weights.interpolation}, mean {_numbers(weights.mean)}, "
-                            f"std {_numbers(weights.std)}",
+        "their evaluation": evaluation if is_backbone(name) else "",
+        "top-1 claimed": weights.top1 or "",
     }
 
 

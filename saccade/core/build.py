@@ -42,8 +42,10 @@ def create_model(
     callable channels -> Module), prefix_mode (Plain). `mixer` replaces the token mixers: a name, a callable
     `site -> Module`, a list with one per stage, or a dict {pattern of module names: mixer}; further options go to the
     named mixer. `checkpoint_path` loads the authors', timm's or our own weights, every key accounted for (`fresh` lists
-    what shall not be loaded); the report is `model.load_report`. `features_only` gives a model that returns the maps of
-    the stages `out_indices` as a list. Raises SaccadeError for unknown names and options.
+    what shall not be loaded); the report is `model.load_report`. `pretrained` does so with those that the card names,
+    downloaded and checked (`saccade weights`); where it names none that is an error, never random weights.
+    `features_only` gives a model that returns the maps of the stages `out_indices` as a list. Raises SaccadeError for
+    unknown names and options.
     """
     name = resolve_model(name)
     module = paper_module(model_paper(name))

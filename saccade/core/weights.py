@@ -163,7 +163,8 @@ def _get(source: str, expected: str | None) -> Path:
         if kept.is_file() and expected in (None, sha256_of(kept)):
             return kept
         if (urlsplit(source).hostname or "").endswith(BY_HAND):
-            raise Unreachable(f"{source} is a page: download it in a browser, then `saccade weights import FILE`")
+            remedy = "download it in a browser, then `saccade weights import FILE --model NAME`"
+            raise Unreachable(f"{source} is a page: {remedy}")
         return fetch(source, expected)
     path = kept if kept.is_file() else _from_hub(source, found)
     if expected is not None and (digest := sha256_of(path)) != expected.lower():

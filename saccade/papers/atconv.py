@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import recording
 from saccade.core.site import Site
@@ -53,6 +53,11 @@ CARD = Card(
     mixers={"attentive_convolution": "AttentiveConvolution"},
     params=dict(zip(_PUBLISHED, (2.86e6, 5.56e6, 7.69e6, 13.71e6, 27.01e6, 49.18e6, 87.32e6), strict=True)),
     top1={"attnet_t2": 84.4},
+    weights={  # one folder
+        name: Weights("https://unioulu-my.sharepoint.com/:f:/g/personal/hayu23_univ_yo_oulu_fi/"
+                      f"EtaWTnsh1ytNgsIYetHHwt4B1RxG_HDHN70a3NOq3fustw?e=MZ4w5w#{name}")
+        for name in _PUBLISHED
+    },
     goldens=("attnet_xxs", "attnet_t1", "op_atconv", "op_atconv_k5"),
 )
 

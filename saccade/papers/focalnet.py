@@ -33,6 +33,7 @@ from saccade.parts.mlp import Gelu
 from saccade.parts.pyramid import Pyramid
 from saccade.parts.stem import PatchEmbed
 
+_RELEASE = "https://github.com/microsoft/FocalNet/releases/download/v1.0.0/"
 _ADDRESS = "https://projects4jw.blob.core.windows.net/focalnet/release/classification/"
 
 CARD = Card(
@@ -56,10 +57,19 @@ CARD = Card(
     top1={"focalnet_tiny_srf": 82.1, "focalnet_tiny_lrf": 82.3, "focalnet_small_srf": 83.4,
           "focalnet_small_lrf": 83.5, "focalnet_base_srf": 83.7, "focalnet_base_lrf": 83.9,
           "focalnet_tiny_iso_16": 74.1, "focalnet_small_iso_16": 80.9, "focalnet_base_iso_16": 82.4},
-    weights={name: Weights(f"{_ADDRESS}{name}.pth")
-             for name in ("focalnet_tiny_srf", "focalnet_tiny_lrf", "focalnet_small_srf", "focalnet_small_lrf",
-                          "focalnet_base_srf", "focalnet_base_lrf", "focalnet_tiny_iso_16", "focalnet_small_iso_16",
-                          "focalnet_base_iso_16")},
+    weights={
+        **{f"focalnet_{size}_{field}": Weights(f"{_RELEASE}focalnet_{size}_{field}.pth",
+                                               mirrors=(f"{_ADDRESS}focalnet_{size}_{field}.pth",))
+           for size in ("tiny", "small", "base") for field in ("srf", "lrf")},
+        **{f"focalnet_{size}_iso_16": Weights(f"{_ADDRESS}focalnet_{size}_iso_16.pth")
+           for size in ("tiny", "small", "base")},
+        **{f"focalnet_{name}": Weights(f"{address}{file}.pth", data="ImageNet-22K")
+           for name, address, file in (
+               ("large_fl3", _RELEASE, "focalnet_large_lrf_384"), ("large_fl4", _RELEASE, "focalnet_large_lrf_384_fl4"),
+               ("xlarge_fl3", _RELEASE, "focalnet_xlarge_lrf_384"),
+               ("xlarge_fl4", _RELEASE, "focalnet_xlarge_lrf_384_fl4"),
+               ("huge_fl3", _ADDRESS, "focalnet_huge_lrf_224"), ("huge_fl4", _ADDRESS, "focalnet_huge_lrf_224_fl4"))},
+    },
     goldens=("focalnet_tiny_srf", "op_focal_modulation", "op_focal_modulation_postln"),
 )
 

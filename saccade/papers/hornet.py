@@ -53,11 +53,17 @@ CARD = Card(
     params=dict(zip(_PUBLISHED, (22e6, 23e6, 50e6, 50e6, 87e6, 88e6, 195e6, 196e6), strict=True)),
     macs=dict(zip(_PUBLISHED, (4.0e9, 3.9e9, 8.8e9, 8.7e9, 15.6e9, 15.5e9, 34.8e9, 34.7e9), strict=True)),
     top1=dict(zip(_PUBLISHED[:6], (82.8, 83.0, 83.8, 84.0, 84.2, 84.3), strict=True)),
-    weights={name: Weights(f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1")
-             for name, share in (
-                 ("hornet_tiny_7x7", "762f05c3c8cd4743b534"), ("hornet_tiny_gf", "395dd6c443ed4a339739"),
-                 ("hornet_small_7x7", "9d7043023da14e4b8b2e"), ("hornet_small_gf", "19eef725b2e64692b8b0"),
-                 ("hornet_base_7x7", "836ab04898c646c389ce"), ("hornet_base_gf", "60f706e36f6b4098a1f9"))},
+    weights={  # the large ones know ImageNet-22K's classes
+        name: Weights(f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1",
+                      data="ImageNet-22K" if "_large" in name else "ImageNet-1K")
+        for name, share in (
+            ("hornet_tiny_7x7", "bac9690c72944d19aca1"), ("hornet_tiny_gf", "460e759c82324ea6bfa3"),
+            ("hornet_small_7x7", "8ef64277da0e469ea857"), ("hornet_small_gf", "959603ca287d4c09ad49"),
+            ("hornet_base_7x7", "13a748487711492e9704"), ("hornet_base_gf", "c212d1d8a3914b47a5c1"),
+            ("hornet_large_7x7", "c2fc23caae084a3aa73d"), ("hornet_large_gf", "8600206ebdfa485f98d0"),
+            ("hornet_large_gf_img384", "eec48d5eca5a48d98fd2"),
+        )
+    },
     goldens=("hornet_tiny_7x7", "hornet_tiny_gf", "op_gnconv", "op_gnconv_gf", "op_global_local_filter"),
 )
 

@@ -51,10 +51,13 @@ CARD = Card(
     macs=dict(zip(_PUBLISHED, (0.88e9, 2.5e9, 5.0e9, 9.0e9, 12.2e9, 17.2e9, 38.4e9), strict=True)),
     top1={"van_b0": 75.4, "van_b1": 81.1, "van_b2": 82.8, "van_b3": 83.9, "van_b4": 84.2},
     weights={
-        "van_b0": Weights(_ADDRESS + "Tiny-original/van_tiny_754.pth.tar"),
-        "van_b1": Weights(_ADDRESS + "Small-original/van_small_811.pth.tar"),
-        "van_b2": Weights(_ADDRESS + "Base-original/van_base_828.pth.tar"),
-        "van_b3": Weights(_ADDRESS + "Large-original/van_large_839.pth.tar"),
+        name: Weights(f"{_ADDRESS}{file}.pth.tar", mirrors=(f"https://cloud.tsinghua.edu.cn/f/{share}/?dl=1",))
+        for name, file, share in (
+            ("van_b0", "Tiny-original/van_tiny_754", "aada2242a16245d6a561"),
+            ("van_b1", "Small-original/van_small_811", "dd3eb73692f74a2499c9"),
+            ("van_b2", "Base-original/van_base_828", "58e7acceaf334ecdba89"),
+            ("van_b3", "Large-original/van_large_839", "0201745f6920482490a0"),
+        )
     },
     goldens=("van_b0", "op_lka", "op_van_attention"),
 )

@@ -37,6 +37,7 @@ from saccade.parts.ssm import log_rates, step_bias, step_rank
 from saccade.parts.stem import ConvStem
 
 _ADDRESS = "https://github.com/MzeroMiko/VMamba/releases/download/%2320240316/vssm_"
+_LATER = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm"
 
 CARD = Card(
     "VMamba: Visual State Space Model",
@@ -57,11 +58,12 @@ CARD = Card(
     aliases={"vmamba_tiny": "vmamba_tiny_s1l8", "vmamba_small": "vmamba_small_s2l15",
              "vmamba_base": "vmamba_base_s2l15"},
     weights={
-        "vmamba_tiny_s1l8": Weights("https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
-                                    "vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+        "vmamba_tiny_s1l8": Weights(f"{_LATER}1_tiny_0230s_ckpt_epoch_264.pth"),
         "vmamba_tiny_s2l5": Weights(f"{_ADDRESS}tiny_0230_ckpt_epoch_262.pth"),
-        "vmamba_small_s2l15": Weights(f"{_ADDRESS}small_0229_ckpt_epoch_222.pth"),
-        "vmamba_base_s2l15": Weights(f"{_ADDRESS}base_0229_ckpt_epoch_237.pth"),
+        "vmamba_small_s2l15": Weights(f"{_ADDRESS}small_0229_ckpt_epoch_222.pth",
+                                      mirrors=(f"{_LATER}_small_0229_ckpt_epoch_222.pth",)),
+        "vmamba_base_s2l15": Weights(f"{_ADDRESS}base_0229_ckpt_epoch_237.pth",
+                                     mirrors=(f"{_LATER}_base_0229_ckpt_epoch_237.pth",)),
     },
     goldens=("op_ss2d", "op_vss_block"),
     tests=("tests/papers/test_vmamba.py",),
