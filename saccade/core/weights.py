@@ -21,6 +21,7 @@ from saccade.core.load import LAYOUTS, load
 
 LOCK = "weights.lock.json"
 PERMISSIVE = frozenset(("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "BSD-3-Clause-Clear", "ISC", "CC0-1.0"))
+READ = ("saccade", *LAYOUTS)
 # Places that show a page where a person presses a button.
 BY_HAND = ("drive.google.com", "1drv.ms", "pan.baidu.com", "mega.nz", ".sharepoint.com")
 
@@ -64,6 +65,16 @@ def is_permissive(name: str) -> bool:
     return name in index()["papers"][model_paper(name)]["weights"] and published(name).licence in PERMISSIVE
 
 
+def is_obtainable(name: str) -> bool:
+    """Whether `pretrained=True` can have a model's weights without a person's help."""
+    name = resolve_model(name)
+    if name not in index()["papers"][model_paper(name)]["weights"]:
+        return False
+    weights = published(name)
+    places = (weights.source, *weights.mirrors)
+    return weights.layout in READ and (not all(map(_by_hand, places)) or cached_file(name) is not None)
+
+
 def hub(source: str) -> Hub | None:
     """What `hf:OWNER/NAME/FILE@REVISION` or `timm:NAME.TAG@REVISION` says, None for another source."""
     kind, _, rest = source.partition(":")
@@ -91,7 +102,7 @@ def weights_file(name: str) -> Path:
     Raises SaccadeError where there are no weights, no place answers, or the hash is another.
     """
     weights = published(name)
-    if weights.layout not in LAYOUTS:
+    if weights.layout not in READ:
         raise SaccadeError(f"{name}: {weights.source} is a {weights.layout} checkpoint, which is not read: convert it, "
                            "then give checkpoint_path")
     places = (weights.source, *weights.mirrors)
@@ -159,17 +170,22 @@ def import_weights(file: Path, name: str | None = None) -> tuple[str, Path]:
 def _get(source: str, expected: str | None) -> Path:
     """The file of one place; Unreachable where it cannot be had, WrongHash where it is another."""
     kept, found = place(source), hub(source)
-    if found is None:
-        if kept.is_file() and expected in (None, sha256_of(kept)):
-            return kept
-        if (urlsplit(source).hostname or "").endswith(BY_HAND):
+    if found is None and not kept.is_file():
+        if _by_hand(source):
             remedy = "download it in a browser, then `saccade weights import FILE --model NAME`"
             raise Unreachable(f"{source} is a page: {remedy}")
         return fetch(source, expected)
-    path = kept if kept.is_file() else _from_hub(source, found)
-    if expected is not None and (digest := sha256_of(path)) != expected.lower():
-        raise WrongHash(f"{source}: the sha256 of {path} is {digest}, not {expected}; remove it and get it again")
+    path = _from_hub(source, found) if found is not None and not kept.is_file() else kept
+    if expected is not None and (digest := sha256_of(path)) != expected:
+        if path == kept:
+            kept.unlink()
+        remedy = "removed, get it again" if path == kept else "remove it and get it again"
+        raise WrongHash(f"{source}: the sha256 of {path} is {digest}, not {expected}; {remedy}")
     return path
+
+
+def _by_hand(source: str) -> bool:
+    return (urlsplit(source).hostname or "").endswith(BY_HAND)
 
 
 def _from_hub(source: str, found: Hub) -> Path:

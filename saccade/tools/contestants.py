@@ -18,9 +18,10 @@ from torch import nn
 
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
-from saccade.core.index import index, mixer_paper, resolve_model
+from saccade.core.index import mixer_paper, resolve_model
 from saccade.core.names import closest
 from saccade.core.optional import optional
+from saccade.core.weights import is_obtainable
 
 timm = optional("timm", extra="train")
 
@@ -93,14 +94,13 @@ def _contestant(name: str, mixer: str | None, img_size: int) -> Contestant:
     if ".py:" in name:
         return _from_file(name, img_size)
     model = resolve_model(name)
-    published = index()["papers"][index()["models"][model]].get("weights", {})
     options: dict[str, Any] = {"img_size": img_size} | ({} if mixer is None else {"mixer": mixer})
 
     def build(classes: int, pretrained: bool) -> nn.Module:
         fresh = ("head*",) if pretrained and classes else ()  # the head is for other classes, however many
         return create_model(model, num_classes=classes, pretrained=pretrained, fresh=fresh, **options)
 
-    return Contestant(name if mixer is None else f"{name}+{mixer}", "model", build, weights=model in published,
+    return Contestant(name if mixer is None else f"{name}+{mixer}", "model", build, weights=is_obtainable(model),
                       registered={"model": model, "options": options})
 
 

@@ -286,6 +286,20 @@ def test_status(publish: Publish) -> None:
     assert store.status("swin_nano") == "reproduced (Ada, 2026-05-01, 81.3)"
 
 
+def test_obtainable(publish: Publish, tmp_path: Path) -> None:
+    """What a comparison may start from: not what lies behind a button, until it was imported."""
+    assert not store.is_obtainable("swin_nano") and not store.is_obtainable("moat_0")
+    publish("https://pan.baidu.com/s/1uTSCuPqYRNmT4Zb4Je9BOw?pwd=vsyv")
+    assert not store.is_obtainable("swin_nano")
+    torch.save(create_model("swin_nano").state_dict(), tmp_path / "swin.pth")
+    path = store.import_weights(tmp_path / "swin.pth", "swin_nano")[1]
+    assert store.is_obtainable("swin_nano")
+    path.write_bytes(b"spoiled")
+    assert "removed" in error() and not store.is_obtainable("swin_nano")
+    publish("https://drive.google.com/file/d/1a/view", mirrors=("https://example.org/a.pth",))
+    assert store.is_obtainable("swin_nano")
+
+
 def test_permissive(publish: Publish) -> None:
     for licence, wanted in (("MIT", True), ("CC-BY-NC-4.0", False), ("unknown", False), ("Apache-2.0", True)):
         publish("https://example.org/a.pth", licence=licence)
