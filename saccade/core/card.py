@@ -14,10 +14,11 @@ class Weights:
 
     `source` is the authors' address, `hf:OWNER/NAME/FILE@REVISION` or `timm:NAME.TAG@REVISION` (without a revision:
     main); where it is a page with several files, `#MODEL` tells them apart. `mirrors` are further places of the same
-    bytes. An evaluation scales the shorter side to `img_size` / `crop` by `interpolation`, takes the central square,
-    and normalises by `mean` and `std`; the defaults are those of DeiT's and Swin's code, `img_size` None is the
-    model's own. `top1` is what the authors claim, None the card's; `licence`
-    unknown is the card's `weights_licence`. `reproduced` says who measured what when: "Ada, 2026-05-01, 81.3".
+    bytes. `sha256` may be the first digits, which torch's habit puts into a file's name. An evaluation scales the
+    shorter side to `img_size` / `crop` by `interpolation`, takes the central square, and normalises by `mean` and
+    `std`; the defaults are those of DeiT's and Swin's code, `img_size` None is the model's own. `top1` is what the
+    authors claim, None the card's; `licence` unknown is the card's `weights_licence`. `reproduced` says who measured
+    what when: "Ada, 2026-05-01, 81.3".
     """
 
     source: str

@@ -44,8 +44,8 @@ def fetch(url: str, sha256: str | None, *, folder: Path | None = None) -> Path:
     """The file at an http, https or file address, downloaded into `folder` unless it is there already.
 
     The default folder is the address's own in the cache, SACCADE_CACHE or ~/.cache/saccade. A file stands under its
-    name only when it is whole and has the hash `sha256`, if one is given; until then it is `<name>.part`, and the next
-    call goes on from there. Processes that want the same file wait for one of them.
+    name only when it is whole and has the hash `sha256` (or such first digits), if one is given; until then it is
+    `<name>.part`, and the next call goes on from there. Processes that want the same file wait for one of them.
 
     Raises Unreachable for an address that does not answer or answers with a page, and for a download cut off; WrongHash
     for a wrong hash: that file is removed. Both are SaccadeErrors.
@@ -59,7 +59,7 @@ def fetch(url: str, sha256: str | None, *, folder: Path | None = None) -> Path:
     path = folder / name
     with FileLock(folder / f".{name}.lock"):
         whole = path if path.is_file() else _download(url, folder / f"{name}.part")
-        if sha256 is not None and (found := sha256_of(whole)) != sha256.lower():
+        if sha256 is not None and not (found := sha256_of(whole)).startswith(sha256.lower()):
             whole.unlink()
             raise WrongHash(f"{url}: its sha256 is {found}, not {sha256}; removed, check where it comes from")
         os.replace(whole, path)

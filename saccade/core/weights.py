@@ -112,7 +112,7 @@ def weights_file(name: str) -> Path:
         try:
             path = _get(source, expected)
         except WrongHash as problem:
-            if lock is None or weights.sha256 != "unknown":
+            if lock is None or lock["sha256"] != expected:
                 raise
             since = f"it was the other at its first use on {lock['first_used']}, says {cache_folder() / LOCK}"
             raise SaccadeError(f"{problem}; {since}") from None
@@ -157,7 +157,7 @@ def import_weights(file: Path, name: str | None = None) -> tuple[str, Path]:
         name = named[0]
     weights, found = published(name), sha256_of(file)
     expected = _expected(weights)
-    if expected not in (None, found):
+    if expected is not None and not found.startswith(expected):
         raise SaccadeError(f"{file}: its sha256 is {found}, that of {name} is {expected}; download it again")
     load(create_model(name), file)
     path = place(weights.source)
@@ -176,7 +176,7 @@ def _get(source: str, expected: str | None) -> Path:
             raise Unreachable(f"{source} is a page: {remedy}")
         return fetch(source, expected)
     path = _from_hub(source, found) if found is not None and not kept.is_file() else kept
-    if expected is not None and (digest := sha256_of(path)) != expected:
+    if expected is not None and not (digest := sha256_of(path)).startswith(expected):
         if path == kept:
             kept.unlink()
         remedy = "removed, get it again" if path == kept else "remove it and get it again"
@@ -200,10 +200,11 @@ def _from_hub(source: str, found: Hub) -> Path:
 
 
 def _expected(weights: Weights) -> str | None:
-    if weights.sha256 != "unknown":
-        return weights.sha256.lower()
+    """The hash, or its first digits, that a file must have: the card's and, once it was used, that of the first use."""
+    card = "" if weights.sha256 == "unknown" else weights.sha256.lower()
     lock = _locked(weights.source)
-    return lock["sha256"] if lock else None
+    known: str = lock["sha256"] if lock else ""
+    return (known if known.startswith(card) else card) or None
 
 
 def _locked(source: str) -> Any:

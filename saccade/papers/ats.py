@@ -49,7 +49,7 @@ CARD = Card(
     macs={"ats_deit_small": 2.9e9},
     top1={"ats_deit_small": 79.7},
     weights={"ats_deit_small": Weights(  # DeiT's, unchanged
-        "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", licence="Apache-2.0")},
+        "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", "cd65a155", licence="Apache-2.0")},
     goldens=("ats_deit_small", "ats_deit_tiny", "op_ats_block"),
     tests=("tests/papers/test_ats.py",),
 )

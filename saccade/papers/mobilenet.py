@@ -50,7 +50,7 @@ CARD = Card(
     aliases={"mobilenetv1_100": "mobilenet_v1", "mobilenetv2_100": "mobilenet_v2",
              "mobilenetv2_140": "mobilenet_v2_140", "mobilenetv2_050": "mobilenet_v2_050"},
     weights={
-        "mobilenet_v2": Weights("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+        "mobilenet_v2": Weights("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth", "b0353104",
                                 interpolation="bilinear", top1=71.9),
         "mobilenet_v1": Weights("timm:mobilenetv1_100.ra4_e3600_r224_in1k", layout="timm", mean=HALF, std=HALF,
                                 top1=75.4, licence="Apache-2.0"),

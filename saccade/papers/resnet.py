@@ -45,14 +45,14 @@ CARD = Card(
     top1={"resnet18": 69.76, "resnet34": 73.31, "resnet50": 76.13, "resnet101": 77.37, "resnet152": 78.31,
           "resnext50_32x4d": 77.62, "resnext101_32x8d": 79.31, "wide_resnet50_2": 78.47, "wide_resnet101_2": 78.85},
     weights={
-        name: Weights(f"{_ADDRESS}{name}-{digest}.pth", interpolation="bilinear")
+        name: Weights(f"{_ADDRESS}{name}-{digest}.pth", digest, interpolation="bilinear")
         for name, digest in {
             "resnet18": "f37072fd", "resnet34": "b627a593", "resnet50": "0676ba61", "resnet101": "63fe2227",
             "resnet152": "394f9c45", "resnext50_32x4d": "7cdf4587", "resnext101_32x8d": "8ba56ff5",
             "wide_resnet50_2": "95faca4d", "wide_resnet101_2": "32ee1156",
         }.items()
     } | {
-        "resnext101_64x4d": Weights(f"{_ADDRESS}resnext101_64x4d-173b62eb.pth", interpolation="bilinear",
+        "resnext101_64x4d": Weights(f"{_ADDRESS}resnext101_64x4d-173b62eb.pth", "173b62eb", interpolation="bilinear",
                                     crop=224 / 232, top1=83.25),
     },
     tests=("tests/papers/test_resnet.py",),

@@ -54,7 +54,7 @@ CARD = Card(
     aliases={"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224",
              "deit_base": "deit_base_patch16_224"},
     weights={
-        name: Weights(f"{_ADDRESS}{name}-{check}.pth", licence="Apache-2.0")
+        name: Weights(f"{_ADDRESS}{name}-{check}.pth", check, licence="Apache-2.0")
         for name, check in {
             "deit_tiny_patch16_224": "a1311bcf",
             "deit_small_patch16_224": "cd65a155",
