@@ -134,7 +134,7 @@ class MultiViT(Plain):
     def beside_global(self, tokens: Tensor) -> Tensor:
         """The global token before others, (B, 1 + M, C)."""
         assert self.prefix is not None
-        return torch.cat([self.prefix.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
+        return torch.cat([self.prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], 1)
 
     def features(self, image: Tensor | Inputs) -> list[Tensor]:
         """The map of the first modality after each block, (B, C, *grid)."""
