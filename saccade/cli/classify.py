@@ -25,14 +25,18 @@ def compare(
     mixers: Annotated[str, typer.Option(help="Every model also with each of these mixers, with commas between.")] = "",
     start: Annotated[str | None, typer.Option(help="scratch, finetune or probe.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    apply: Annotated[
+        str, typer.Option(help="Methods that every model is also shown with, as in evit:keep=0.7,evit:keep=0.5.")
+    ] = "",
     strict: Strict = False,
 ) -> None:
     """Which of several models is best for a set of images, at which cost."""
+    from saccade.core.apply import split_methods
     from saccade.tools.compare import Contest
     from saccade.tools.compare import compare as run
 
     run(Contest(data=data, models=_names(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
-                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size))
+                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply)))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from saccade.tools.trials import (
     choose_rate,
     device,
     probed_answers,
+    reduced_answers,
     seconds_per_epoch,
     trained_answers,
     unlearned_answers,
@@ -65,6 +67,7 @@ class Contest:
     start: str | None = None  # None: probe where every model has published weights, else scratch
     strict: bool = False
     batch_size: int = 64
+    apply: tuple[str, ...] = ()  # methods, as in evit:keep=0.7, that every model is also shown with after training
 
     def __post_init__(self) -> None:
         for name in ("img_size", "seeds", "batch_size", "epochs"):
@@ -80,7 +83,7 @@ class Contest:
     @property
     def command(self) -> str:
         """The command line that asks for this contest."""
-        said = [f"--{field.name.replace('_', '-')} {_said(getattr(self, field.name))}" for field in fields(self)
+        said = [f"--{field.name.replace('_', '-')} {quote(_said(getattr(self, field.name)))}" for field in fields(self)
                 if field.name not in ("data", "strict") and getattr(self, field.name) != field.default]
         return " ".join(["saccade compare", self.data, *said, *(["--strict"] if self.strict else [])])
 
@@ -103,7 +106,7 @@ def compare(contest: Contest) -> dict[str, Any]:
     for what can be known to be wrong before anything runs.
     """
     began, watch = time.monotonic(), Watch()
-    named = contestants(contest.models, contest.mixers, contest.img_size)
+    named = contestants(contest.models, contest.mixers, contest.img_size, contest.apply)
     start = contest.start or start_of(named)
     if start == "probe" and (contest.epochs or contest.budget):
         raise SaccadeError("a probe of frozen features trains no epochs: leave out epochs and budget, or give start "
@@ -146,13 +149,15 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
         for entrant in networks:
             with _listed(entrant, failed, watch):
                 check(arena, entrant)
-        able = [each for each in networks if each.name not in failed]
+        able = [each for each in networks if each.name not in failed and each.host is None]
         arena = replace(arena, epochs=_epochs(contest, arena, able, failed, began, watch))
     plain = [each for each in entrants if each.build is None]
     with watch.waiting("majority class and pixel k-NN"):
         found = {each.name: [one] for each, one in zip(plain, unlearned_answers(arena, plain), strict=True)}
     with watch.bar("training", sum(map(arena.work, networks))) as bar:
         for entrant in networks:
+            if entrant.host is not None and entrant.host.name in failed:
+                failed.setdefault(entrant.name, f"{entrant.host.name} failed")
             if entrant.name not in failed:
                 with _listed(entrant, failed, watch):
                     found[entrant.name] = _answers(arena, entrant, bar, watch)
@@ -182,11 +187,13 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
 
 
 def _answers(arena: Arena, entrant: Contestant, bar: Bar, watch: Watch) -> list[Answers]:
-    """All seeds of one contestant."""
+    """All seeds of one contestant; of one that takes a host's weights, once that is trained."""
     if arena.start == "probe":
         found = [probed_answers(arena, entrant)]
         watch.line(f"{entrant.name}: probed")
         return found
+    if entrant.host is not None:
+        return reduced_answers(arena, entrant)
     rate = choose_rate(arena, entrant, lambda done, what: bar.at(done, f"{entrant.name}, {what}"))
     found = []
     for seed in range(arena.seeds):
@@ -243,7 +250,8 @@ def _rules(contest: Contest, start: str, entrants: Sequence[Contestant], images:
     """All that decides a contest: a folder holds one such set of rules."""
     identities = {each.name: each.identity for each in entrants if each.identity}
     return {"images": f"{images.name} {images.fingerprint[:16]}", "models": list(contest.models),
-            "mixers": list(contest.mixers), "img_size": contest.img_size, "epochs": contest.epochs,
+            "mixers": list(contest.mixers), "apply": list(contest.apply), "img_size": contest.img_size,
+            "epochs": contest.epochs,
             "budget": contest.budget, "seeds": contest.seeds, "start": start, "batch_size": contest.batch_size,
             "files": identities, "saccade": saccade.__version__, "device": _device_name(),
             **{package: version(package) for package in ("torch", "torchvision", "timm")}}

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from saccade.core.apply import apply, parse_method
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.index import mixer_paper, resolve_model
@@ -36,7 +37,8 @@ class Contestant:
 
     `build(classes, pretrained)` makes its network (0 classes: without a head); what is no network has none. `weights`
     says whether trained ones are published, `identity` tells two versions of a user's file apart, `registered` is how
-    `create_model` makes one of ours: {"model", "options"}.
+    `create_model` makes one of ours: {"model", "options"}. Where a `method` is applied to a trained network, `host` is
+    the contestant whose weights it takes: it trains nothing of its own.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Contestant:
     weights: bool = False
     identity: str = ""
     registered: dict[str, Any] | None = None
+    host: Contestant | None = None
+    method: str | None = None
 
     @property
     def folder(self) -> str:
@@ -53,8 +57,12 @@ class Contestant:
         return plain if plain == self.name else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:6]}"
 
 
-def contestants(models: Sequence[str], mixers: Sequence[str], img_size: int) -> list[Contestant]:
-    """The named models, each of ours also with each mixer (`swin_nano+neighborhood`).
+def contestants(
+    models: Sequence[str], mixers: Sequence[str], img_size: int, methods: Sequence[str] = ()
+) -> list[Contestant]:
+    """The named models, each of ours also with each mixer (`swin_nano+neighborhood`), and then with each method.
+
+    Methods (`evit:keep=0.7`) are applied after training, `deit_nano+evit:keep=0.7`, to all of them.
 
     A name is one of ours, `timm:NAME` or `file.py:function`; the function takes `num_classes` (0 asks for features)
     and, where it wants them, `in_chans` and `img_size`, and returns a network, with weights or without. Unknown names
@@ -62,7 +70,7 @@ def contestants(models: Sequence[str], mixers: Sequence[str], img_size: int) -> 
     """
     if not models:
         raise SaccadeError("no model is named: give --models, as in --models swin_nano,convnext_nano")
-    for names in (models, mixers):
+    for names in (models, mixers, methods):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise SaccadeError(f"{', '.join(repeated)} is named twice: name each once")
     ours = [name for name in models if not name.startswith("timm:") and ".py:" not in name]
@@ -71,7 +79,26 @@ def contestants(models: Sequence[str], mixers: Sequence[str], img_size: int) -> 
     for mixer in mixers:
         mixer_paper(mixer)
     pairs = [(name, mixer) for name in models for mixer in (None, *(mixers if name in ours else ()))]
-    return [_contestant(name, mixer, img_size) for name, mixer in pairs]
+    for method in methods:
+        parse_method(method)
+    hosts = [_contestant(name, mixer, img_size) for name, mixer in pairs]
+    return [each for host in hosts for each in (host, *(_reduced(host, method) for method in methods))]
+
+
+def _reduced(host: Contestant, method: str) -> Contestant:
+    """A contestant with a method applied after its training."""
+    name, options = parse_method(method)
+
+    def build(classes: int, pretrained: bool) -> nn.Module:
+        assert host.build is not None
+        model = host.build(classes, pretrained)
+        keys = set(model.state_dict())
+        apply(model, name, **options)
+        if set(model.state_dict()) != keys:
+            raise SaccadeError(f"{name} adds weights that are to be trained: it cannot be applied after training")
+        return model
+
+    return replace(host, name=f"{host.name}+{method}", build=build, registered=None, host=host, method=method)
 
 
 def references(img_size: int, start: str) -> list[Contestant]:

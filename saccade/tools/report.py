@@ -92,7 +92,8 @@ def _page(results: dict[str, Any]) -> str:
     columns = [column for column in COLUMNS if any(column.value(one) is not None for one in finished)]
     styles = draw.styles_of(finished)
     classes = results["data"]["classes"]
-    figures: dict[str, Any] = {"pareto": draw.pareto(finished, styles), "curves": draw.curves(finished, styles)}
+    figures: dict[str, Any] = {"pareto": draw.pareto(finished, styles),
+                               "reductions": draw.reductions(finished, styles), "curves": draw.curves(finished, styles)}
     if shown is not None:
         figures["recall"] = draw.recall(classes, seeing or finished, shown, styles)
         figures["confusion"] = draw.confusion(classes, shown["confusion"])

@@ -96,6 +96,31 @@ def _side(point: tuple[float, float], points: list[tuple[float, float]], limits:
     return "middle left" if left >= 0.7 * right else "bottom right"  # to the right runs the frontier
 
 
+def reductions(finished: list[Contestant], styles: Styles) -> Any:
+    """Accuracy against median latency along each method's rates, from its host on; None where no method was applied."""
+    timed = {one["name"]: one for one in finished if latency(one, "p50")}
+    lines: dict[tuple[str, str], list[Contestant]] = {}
+    for one in timed.values():
+        if one.get("method") and one["host"] in timed:
+            lines.setdefault((one["host"], one["method"].partition(":")[0]), []).append(one)
+    if not lines:
+        return None
+    figure = _figure(height=460, x="Latency p50, ms", y="Accuracy, %")
+    for number, ((host, method), points) in enumerate(lines.items()):
+        points = sorted([timed[host], *points], key=lambda one: -(latency(one, "p50") or 0))
+        colour = styles[host]["colour"]
+        symbols = ["square" if one["name"] == host else "circle" for one in points]
+        figure.add_scatter(
+            x=[latency(one, "p50") for one in points], y=[100 * accuracy(one)["value"] for one in points],
+            mode="lines+markers", name=inert(short(f"{host}+{method}")), hoverinfo="text", cliponaxis=False,
+            hovertext=[f"<b>{inert(one['name'])}</b><br>accuracy {percent(accuracy(one)['value'])}<br>"
+                       f"latency p50 {digits(latency(one, 'p50') or 0)} ms" for one in points],
+            line={"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},
+            marker={"color": colour, "size": 9, "symbol": symbols},
+        )  # fmt: skip
+    return figure
+
+
 def curves(finished: list[Contestant], styles: Styles) -> Any:
     """Validation accuracy by epoch: the mean over the seeds in a band from the lowest to the highest."""
     figure = _figure(height=460, x="Epoch", y="Validation accuracy, %")

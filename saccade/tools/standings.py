@@ -95,7 +95,8 @@ def row(arena: Arena, standing: Standing, numbers: dict[str, Any]) -> dict[str, 
     """A contestant as it stands in results.json."""
     entrant, answers = standing.entrant, standing.answers
     found: dict[str, Any] = {
-        "name": entrant.name, "kind": entrant.kind, "params": None, "macs": None, "learning_rate": None, "curves": [],
+        "name": entrant.name, "kind": entrant.kind, "host": entrant.host and entrant.host.name,
+        "method": entrant.method, "params": None, "macs": None, "learning_rate": None, "curves": [],
         "seeds": [], "metrics": None, "recall": None, "confusion": None, "latency_ms": None, "throughput": None,
         "peak_memory": None, "training_seconds": None, "weights": None, "failed": standing.failed}
     if standing.failed is not None:

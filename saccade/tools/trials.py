@@ -49,7 +49,7 @@ class Arena:
 
     def work(self, entrant: Contestant) -> int:
         """Epochs that a contestant trains in all."""
-        if entrant.build is None or self.start == "probe":
+        if entrant.build is None or entrant.host is not None or self.start == "probe":
             return 0
         return len(RATES[self.start]) * self.rate_epochs + self.seeds * self.epochs
 
@@ -196,6 +196,35 @@ def probed_answers(arena: Arena, entrant: Contestant) -> Answers:
                                  by_neighbours=by_neighbours))
 
 
+def reduced_answers(arena: Arena, entrant: Contestant) -> list[Answers]:
+    """What a trained contestant says of the test images with a method applied, with each seed; kept on disk.
+
+    The accuracy on validation is that of the method, too: weights are chosen by it as by any contestant's.
+    """
+    assert entrant.host is not None and entrant.build is not None
+    found = []
+    for seed in range(arena.seeds):
+        folder = arena.folder(entrant) / f"seed-{seed}"
+        if (kept := _kept(folder)) is None:
+            with torch.random.fork_rng(devices=[]):
+                model = entrant.build(len(arena.images.classes), False)
+            model.load_state_dict(load_file(_weights(arena, entrant, seed)))
+            model.to(device()).eval()
+            val, test = (predict_logits(model, split, img_size=arena.img_size, batch_size=arena.batch_size)
+                         for split in (arena.images.val, arena.images.test))
+            if not (val.isfinite().all() and test.isfinite().all()):
+                raise SaccadeError("its outputs are not finite")
+            right = (val.argmax(1) == torch.tensor(arena.images.val.labels, device=val.device)).double().mean()
+            kept = _keep(folder, Answers(seed, test.argmax(1).tolist(), float(right)))
+        found.append(kept)
+    return found
+
+
+def _weights(arena: Arena, entrant: Contestant, seed: int) -> Path:
+    """Where the weights of a seed are: those of the host, of a contestant that takes them."""
+    return arena.folder(entrant.host or entrant) / f"seed-{seed}" / "weights.safetensors"
+
+
 def unlearned_answers(arena: Arena, entrants: Sequence[Contestant]) -> list[Answers]:
     """What the majority class and pixel k-NN, in this order, say of the test images; kept on disk."""
     folders = [arena.folder(entrant) for entrant in entrants]
@@ -233,7 +262,7 @@ def final_model(arena: Arena, entrant: Contestant, found: list[Answers]) -> tupl
     path = None
     if arena.start != "probe":
         best = max(found, key=lambda one: one.val_accuracy or 0.0)
-        path = arena.folder(entrant) / f"seed-{best.seed}" / "weights.safetensors"
+        path = _weights(arena, entrant, best.seed)
         model.load_state_dict(load_file(path))
     return model.to(device()).eval(), path
 

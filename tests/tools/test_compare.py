@@ -362,6 +362,42 @@ def test_mixers_make_contestants_of_their_own() -> None:
     assert [each.name for each in found] == ["swin_nano", "swin_nano+pooling", "timm:resnet18"]
 
 
+def test_methods_are_rows_of_their_own_with_the_hosts_weights(place: Path, tmp_path: Path) -> None:
+    """Accuracy of the host's trained weights with the method, cheaper than the host; who cannot is listed."""
+    asked = Contest(str(place / "photos"), ("deit_nano", "poolformer_nano"), img_size=16, epochs=1, seeds=2,
+                    out=tmp_path / "out", batch_size=8, apply=("patch_dropout:keep=0.25", "evit:keep=1.0,layers=(3,)"))
+    results = compare(asked)
+    host, dropped, whole = (named(results, name) for name in ("deit_nano", "=0.25", "(3,)"))
+    assert [one["failed"] for one in (host, dropped, whole)] == [None] * 3
+    assert (dropped["host"], dropped["method"]) == ("deit_nano", "patch_dropout:keep=0.25") and host["method"] is None
+    assert dropped["macs"] < 0.5 * host["macs"] and whole["macs"] == host["macs"]
+    assert whole["seeds"] == host["seeds"] and whole["metrics"] == host["metrics"]
+    assert dropped["latency_ms"]["p50"] > 0 and dropped["training_seconds"] is None and not dropped["curves"]
+    model = contestants(("deit_nano",), (), 16, asked.apply)[1].build(3, False).eval()  # type: ignore[misc]
+    model.load_state_dict(load_file(tmp_path / "out" / dropped["weights"]))
+    images = open_images(asked.data)
+    right = train.predict_logits(model, images.test, img_size=16).argmax(1) == torch.tensor(images.test.labels)
+    seed = next(one for one in dropped["seeds"] if f"seed-{one['seed']}" in dropped["weights"])
+    assert right.float().mean() == pytest.approx(seed["accuracy"])
+    failed = [one for one in results["contestants"] if one["failed"]]
+    assert [one["host"] for one in failed] == ["poolformer_nano"] * 2
+    assert all("plain vision transformer" in one["failed"] for one in failed)
+    assert "Computing less" in (tmp_path / "out" / "report.html").read_text()
+    assert "--apply 'patch_dropout:keep=0.25,evit:keep=1.0,layers=(3,)'" in results["command"]
+    again = compare(asked)  # what failed is tried again, the rest is kept
+    assert [one["seeds"] for one in again["contestants"]] == [one["seeds"] for one in results["contestants"]]
+
+
+def test_methods_that_cannot_be_applied_are_errors_at_the_start() -> None:
+    for methods, words in ((("evitt",), "did you mean evit"), (("evit:keep",), "no option"),
+                           (("evit", "evit"), "named twice")):
+        with pytest.raises(SaccadeError, match=words):
+            contestants(("deit_nano",), (), 32, methods)
+    learned = contestants(("deit_nano",), (), 32, ("ia_red2:layers=(0,2),heads=2",))[1]
+    with pytest.raises(SaccadeError, match="adds weights"):
+        learned.build(3, False)  # type: ignore[misc]
+
+
 def test_a_seed_of_one_of_ours_is_a_run_that_the_other_commands_take(place: Path, tmp_path: Path) -> None:
     arena = _arena(place, tmp_path, epochs=1)
     entrant = contestants(("poolformer_nano",), ("attention",), 8)[1]

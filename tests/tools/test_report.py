@@ -17,7 +17,7 @@ from PIL import Image
 from saccade.attribution.maps import as_data_uri, overlay
 from saccade.core.errors import SaccadeError
 from saccade.tools.report import duration, write_report
-from saccade.tools.report_figures import digits, frontier, scaled
+from saccade.tools.report_figures import digits, frontier, reductions, scaled, styles_of
 from tests.tools.browser import needs_chromium, opened
 
 CLASSES = [
@@ -260,6 +260,19 @@ def test_frontier_keeps_what_no_other_beats() -> None:
     points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.7), (4.0, 0.9), (5.0, 0.95), (1.0, 0.5)]
     assert frontier(points) == [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (5.0, 0.95)]
     assert frontier([]) == []
+
+
+def test_methods_are_lines_from_their_host_through_their_rates(results: dict[str, Any]) -> None:
+    finished = [one for one in results["contestants"] if one["failed"] is None]
+    styles = styles_of(finished)
+    assert reductions(finished, styles) is None
+    host = next(one for one in finished if one["kind"] == "model")
+    rates = [host | {"name": f"{host['name']}+evit:keep={keep}", "host": host["name"], "method": f"evit:keep={keep}",
+                     "latency_ms": {"p50": keep * host["latency_ms"]["p50"], "p95": 1.0}} for keep in (0.5, 0.9)]
+    figure = reductions([*rates, *finished], styles_of([*rates, *finished]))
+    wanted = [host["latency_ms"]["p50"] * share for share in (1, 0.9, 0.5)]
+    assert len(figure.data) == 1 and list(figure.data[0].x) == wanted
+    assert list(figure.data[0].marker.symbol) == ["square", "circle", "circle"]
 
 
 def test_numbers_are_written_with_three_digits() -> None:
