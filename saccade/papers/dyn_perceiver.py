@@ -26,16 +26,25 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, Rule, pointwise, within
-from saccade.ops.attend import attend
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.convolution import depthwise
 from saccade.parts.early_exit import confidence
-from saccade.parts.mlp import Gelu, Mlp
+from saccade.parts.latent import LATENT_NAMES, LatentLayer
 from saccade.parts.mobilenet_v3 import LARGE, NANO, MobileNetV3, Row, block_names
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid, undecayed
+from saccade.parts.resnet import BLOCK_NAMES, BasicBlock, Bottleneck, resnet_pyramid
 
 _WIDTHS = {"": 1.0, "_0x5": 0.5, "_0x75": 0.75, "_1x25": 1.25, "_1x5": 1.5, "_2x0": 2.0}
+_RESNETS: dict[str, dict[str, Any]] = {
+    "resnet18": dict(depths=(2, 2, 2, 2), basic=True),
+    "resnet34": dict(depths=(3, 4, 6, 3), basic=True),
+    **{f"resnet50{name}": dict(depths=(3, 4, 6, 3), dim=dim)
+       for name, dim in {"": 64, "_0375": 24, "_050": 32, "_0625": 40, "_075": 48}.items()},
+}
+_LATENTS = {"resnet18": (128, 256, 512), "resnet34": (128, 256, 512), "resnet50": (64, 128, 256, 512),
+            "resnet50_0375": (64, 128, 256), "resnet50_050": (64, 128, 256), "resnet50_0625": (128, 160, 192, 256),
+            "resnet50_075": (128, 256)}
 
 CARD = Card(
     "Dynamic Perceiver for Efficient Visual Recognition",
@@ -48,50 +57,15 @@ CARD = Card(
     read="paper, code",
     keywords="early exit, anytime prediction, budgeted inference, latent code, cross-attention, MobileNetV3, dynamic",
     kinds=("backbone",),
-    top1={"dyn_perceiver_mobilenet_v3_0x75_t128": 74.6},
+    top1={"dyn_perceiver_mobilenet_v3_0x75_t128": 74.6, "dyn_perceiver_resnet50_0375_t128": 77.7},
     aliases={f"mobilenetv3{width}_perceiver_t{latents}": f"dyn_perceiver_mobilenet_v3{width}_t{latents}"
-             for width in _WIDTHS for latents in (128, 256, 512)},
+             for width in _WIDTHS for latents in (128, 256, 512)}
+    | {f"{host}_perceiver_t{latents}": f"dyn_perceiver_{host}_t{latents}"
+       for host in _RESNETS for latents in _LATENTS[host]},
     goldens=("dyn_perceiver_mobilenet_v3_0x75_t128",),
     tests=("tests/papers/test_dyn_perceiver.py",),
 )
 CELLS = 7
-
-
-class LatentLayer(nn.Module):
-    """x += proj(Attend(q(norm(x)), k(norm(y)) [+ position], v(norm(y)))); x += mlp(norm(x)): x (B, N, C), y (B, M, C').
-
-    Without `other` y is x. `width` channels are compared, in `heads`; `keys` is the number of y's that have positions.
-    """
-
-    undecayed: tuple[str, ...] = ()
-
-    def __init__(
-        self, dim: int, other: int | None = None, width: int | None = None, heads: int = 1, ratio: int = 1,
-        keys: int = 0,
-    ) -> None:
-        super().__init__()
-        width = width or dim
-        if width % heads:
-            raise SaccadeError(f"dyn_perceiver: {heads} heads do not divide {width} channels; choose a divisor")
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm_other = None if other is None else nn.LayerNorm(other)
-        self.q = nn.Linear(dim, width, bias=False)
-        self.k, self.v = (nn.Linear(other or dim, width, bias=False) for _ in range(2))
-        self.proj = nn.Linear(width, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, ratio, Gelu)
-        self.position = nn.Parameter(torch.zeros(1, keys, width)) if keys else None
-        if keys:
-            self.undecayed = ("position",)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        queries = self.norm1(x)
-        read = queries if self.norm_other is None else self.norm_other(y)
-        k = self.k(read) if self.position is None else self.k(read) + self.position
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q(queries), k, self.v(read)))
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
 
 
 class Meeting(nn.Module):
@@ -125,21 +99,25 @@ class Meeting(nn.Module):
 class Exits(nn.Module):
     """The four classifiers, and what scores of one give to a later one."""
 
-    def __init__(self, middle: int, dim: int, last: int, hidden: int, classes: int) -> None:
+    def __init__(self, middle: int, dim: int, last: int, hidden: int | None, classes: int) -> None:
         super().__init__()
         self.first = nn.Linear(middle, classes)
         self.share1, self.share2 = (nn.Sequential(nn.Linear(classes, dim), BatchNorm(dim), nn.ReLU()) for _ in range(2))
         self.second = nn.Linear(2 * dim, classes)
-        self.third = nn.Sequential(*_two_layers(last, hidden, classes))
-        self.fourth = nn.Sequential(BatchNorm(last + 2 * dim), *_two_layers(last + 2 * dim, hidden, classes))
+        self.third = nn.Sequential(*_layers(last, hidden, classes))
+        self.fourth = nn.Sequential(BatchNorm(last + 2 * dim), *_layers(last + 2 * dim, hidden, classes))
 
 
-def _two_layers(dim: int, hidden: int, classes: int) -> list[nn.Module]:
+def _layers(dim: int, hidden: int | None, classes: int) -> list[nn.Module]:
+    if hidden is None:
+        return [nn.Linear(dim, classes)]
     return [nn.Linear(dim, hidden), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(hidden, classes)]
 
 
 class DynamicPerceiver(Backbone):
     """A pyramid of four stages with a latent branch of `latents` codes, `depths` layers a stage, and four exits.
+
+    The last two exits have a layer of `hidden` channels where it is given.
 
     `forward` gives the scores of the last exit, `exits` those of all, `early` each image's at its own.
     """
@@ -148,7 +126,7 @@ class DynamicPerceiver(Backbone):
 
     def __init__(
         self, host: Pyramid, latents: int = 128, depths: Sequence[int] = (3, 3, 9, 9),
-        heads: Sequence[int] = (1, 2, 4, 8), ratio: int = 4, hidden: int = 1280, num_classes: int = 1000,
+        heads: Sequence[int] = (1, 2, 4, 8), ratio: int = 4, hidden: int | None = None, num_classes: int = 1000,
         img_size: int | Sequence[int] = 224,
     ) -> None:
         super().__init__()
@@ -304,6 +282,9 @@ def exit_loss(scores: Sequence[Tensor], label: Tensor, alpha: float = 0.5) -> Te
 SIZES: dict[str, dict[str, Any]] = {
     f"dyn_perceiver_mobilenet_v3{name}_t{latents}": dict(width=width, latents=latents)
     for name, width in _WIDTHS.items() for latents in (128, 256, 512)
+} | {
+    f"dyn_perceiver_{host}_t{latents}": dict(shape, latents=latents, builder="dyn_perceiver_resnet")
+    for host, shape in _RESNETS.items() for latents in _LATENTS[host]
 } | {"dyn_perceiver_nano": dict(rows=NANO, latents=16, depths=(1, 1, 2, 1), stem_stride=1, hidden=64, img_size=32)}
 
 
@@ -320,28 +301,33 @@ def dyn_perceiver(
                             img_size=img_size)
 
 
+def dyn_perceiver_resnet(
+    latents: int, depths: Sequence[int], basic: bool = False, dim: int = 64, layers: Sequence[int] = (3, 3, 9, 9),
+    ratio: int = 4, num_classes: int = 1000, img_size: int | Sequence[int] = 224, in_chans: int = 3,
+    drop_path_rate: float = 0.0, mixer: Any = None,
+) -> DynamicPerceiver:
+    """A Dynamic Perceiver on a ResNet of `dim` channels at first, whose latent branch has `layers` a stage."""
+    bases = [dim * 2**stage for stage in range(4)]
+    options: dict[str, Any] = dict(widths=bases, stem_dim=dim, img_size=img_size, in_chans=in_chans, replace=mixer,
+                                   drop_path_rate=drop_path_rate)
+    if basic:
+        host = resnet_pyramid(bases, depths, block=BasicBlock, reduction=None, **options)
+    else:
+        host = resnet_pyramid([4 * base for base in bases], depths, block=Bottleneck, **options)
+    return DynamicPerceiver(host, latents, layers, ratio=ratio, num_classes=num_classes, img_size=img_size)
+
+
 def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The layers of the latent branch that a golden was recorded with."""
     args = golden["source"]["args"]
-    factors = args.get("depth_factor", (1, 1, 1, 1))
-    return dict(depths=tuple(depth * factor for depth, factor in zip((3, 3, 9, 3), factors, strict=True)),
+    resnet = "resnet" in golden["source"]["object"]
+    factors = args.get("depth_factor", (1, 1, 1, 3 if resnet else 1))
+    return dict({"layers" if resnet else "depths": tuple(
+        depth * factor for depth, factor in zip((3, 3, 9, 3), factors, strict=True))},
                 ratio=args.get("SA_widening_factor", 1))
 
 
-def _layer_names(theirs: str, ours: str) -> list[Rule]:
-    attention = rf"{theirs}(?:self|cross)_attn\."
-    return [
-        (rf"{attention}(?:q_)?norm\.(.*)", rf"{ours}norm1.\1"),
-        (rf"{attention}kv_norm\.(.*)", rf"{ours}norm_other.\1"),
-        (rf"{attention}attention\.relative_position_bias", f"{ours}position"),
-        (rf"{attention}attention\.([qkv])_proj\.(.*)", rf"{ours}\1.\2"),
-        (rf"{attention}attention\.o_proj\.(.*)", rf"{ours}proj.\1"),
-        (rf"{theirs}mlp\.layernorm\.(.*)", rf"{ours}norm2.\1"),
-        (rf"{theirs}mlp\.(fc[12]\..*)", rf"{ours}mlp.\1"),
-    ]
-
-
-def _authors() -> KeyMap:
+def _mobilenet_names() -> list[Rule]:
     """The authors cut MobileNetV3 where the branches meet, one block after each of our stages begins."""
     places = [f"cnn_stem\\.{number}" for number in range(3)]
     places += [f"cnn_body_stage{stage}\\.{number}" for stage, count in enumerate((2, 3, 6, 3), 1)
@@ -354,20 +340,31 @@ def _authors() -> KeyMap:
                          (rf"{places[-1]}\.1\.(.*)", r"norm.1.\1")]
     for number, (row, theirs, name) in enumerate(zip(rows, places[1:-1], ours, strict=True)):
         rules += block_names(row, number > 0, rf"{theirs}\.", name, "local" if row.stride == 2 else "mixer")
+    return rules
+
+
+def AUTHORS(name: str) -> KeyMap:
+    """The authors' names of the host of a model, and of the latent branch."""
+    rules: list[Rule]
+    if "resnet" in name:
+        rules = [(r"cnn_stem\.(.*)", r"stem.\1"), (r"classifier_cnn\.(weight|bias)", r"head.third.0.\1")]
+        for stage in range(4):
+            rules += within(BLOCK_NAMES, rf"cnn_body_stage{stage + 1}\.(\d+)\.", rf"stages.{stage}.blocks.\1.")
+    else:
+        rules = _mobilenet_names()
     for stage in range(4):
         meeting = f"meetings.{stage}."
         rules.append((rf"dwc{stage + 1}_x2z\.(.*)", rf"{meeting}local.\1"))
         for theirs, name in ((rf"cross_att{stage + 1}_x2z\.", "read"), (rf"cross_att{stage + 1}_z2x\.", "write"),
                              (rf"self_att{stage + 1}\.(\d+)\.", r"mix.\1")):
-            rules += within(_layer_names("", ""), theirs, f"{meeting}{name}.")
+            rules += within(LATENT_NAMES, theirs, f"{meeting}{name}.")
         rules += [(rf"token_mixer\.{stage}\.(.*)", rf"meetings.{stage + 1}.halve.\1"),
                   (rf"token_expander\.{stage}\.(.*)", rf"meetings.{stage + 1}.widen.\1")]
-    rules += within(_layer_names("", ""), r"last_cross_att_z2x\.", "last.")
+    rules += within(LATENT_NAMES, r"last_cross_att_z2x\.", "last.")
     heads = {"early_classifier3": "first", "isc3": "share1", "classifier_att": "second", "isc4": "share2",
              "classifier_cnn": "third", "classifier_merge": "fourth"}
     return (*rules, *((rf"{theirs}\.(.*)", rf"head.{name}.\1") for theirs, name in heads.items()))
 
 
-AUTHORS: KeyMap = _authors()
 TAPS = {"y_early3": "head.first", "y_att": "head.second", "y_cnn": "head.third", "y_merge": "head.fourth",
         **{f"sa{number + 1}": f"meetings.{number}.mix" for number in range(4)}}

@@ -59,10 +59,24 @@ def test_thresholds_of_a_validation_set_hold_in_the_network():
 @pytest.mark.parametrize("host", ["swin_tiny", "convnext_tiny", "pvt_v2_b0"])
 def test_any_pyramid_of_four_stages_is_a_host(host):
     pyramid = create_model(host, num_classes=0, img_size=64)
-    network = DynamicPerceiver(pyramid, 16, (1, 1, 1, 1), num_classes=3, hidden=32, img_size=64).eval()
+    network = DynamicPerceiver(pyramid, 16, (1, 1, 1, 1), num_classes=3, img_size=64).eval()
     with torch.no_grad():
         scores = network.exits(torch.randn(2, 3, 64, 64))
     assert len(scores) == 4 and all(one.shape == (2, 3) and one.isfinite().all() for one in scores)
+
+
+def test_on_a_resnet_the_branches_meet_before_each_stage():
+    """Widths of the latents are those of the maps that enter the stages; the block that strides comes after."""
+    network = create_model("dyn_perceiver_resnet50_0375_t64", num_classes=3, img_size=64).eval()
+    assert [meeting.local.weight.shape[0] for meeting in network.meetings] == [24, 96, 192, 384]
+    assert [meeting.local.weight.shape[0] for meeting in create_model("dyn_perceiver_resnet18_t128").meetings] == [
+        64, 64, 128, 256]
+    seen = []
+    for meeting in network.meetings:
+        meeting.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        assert network(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    assert seen == [16, 16, 8, 4]
 
 
 def test_hosts_that_do_not_fit():
