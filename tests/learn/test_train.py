@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from saccade.core.errors import SaccadeError
-from saccade.learn import train, transforms
+from saccade.learn import loop, transforms
 from saccade.learn.train import Progress, Recipe, fit, predict_logits
 from saccade.learn.transforms import Squares, evaluation_transform, normalise, training_transform
 
@@ -225,14 +225,14 @@ def test_loss_that_is_not_finite_names_the_place_and_the_remedy(images, tmp_path
 
 def test_optimizer_and_schedule(images, tmp_path, monkeypatch):
     rates, groups = [], []
-    clip = train.fabric.Fabric.clip_gradients
+    clip = loop.fabric.Fabric.clip_gradients
 
     def watch(self, module, optimizer, **arguments):
         rates.append(optimizer.param_groups[0]["lr"])
         groups[:] = [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
         return clip(self, module, optimizer, **arguments)
 
-    monkeypatch.setattr(train.fabric.Fabric, "clip_gradients", watch)
+    monkeypatch.setattr(loop.fabric.Fabric, "clip_gradients", watch)
     fit(Tiny, images, RECIPE, tmp_path)
     assert sorted(groups) == [(0.0, 5), (0.05, 2)]  # biases, norm and table do not decay
     assert rates[0] == pytest.approx(0.02 / 100) and rates[3] == max(rates) == pytest.approx(0.02)
