@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import Data, Json, Strict, app, console, print_json
+from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, print_json
 
 
 @app.command()
@@ -48,18 +48,24 @@ def train(
     data: Data,
     model: Annotated[str, typer.Option(help="Registered model.")],
     out: Annotated[Path, typer.Option(help="Folder for weights, metrics and settings; the same command resumes.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Start from these weights (the head anew).")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Start from these weights, a file or a folder (the head anew).")
+    ] = None,
     epochs: Annotated[int, typer.Option()] = 20,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
     batch_size: Annotated[int, typer.Option()] = 64,
     img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
     drop_path_rate: Annotated[float, typer.Option()] = 0.0,
+    devices: Devices = 1,
+    nodes: Nodes = 1,
+    strategy: Strategy = "auto",
     seed: Annotated[int, typer.Option()] = 0,
     strict: Strict = False,
 ) -> None:
     """Train one model on a set of images."""
     from saccade.learn import runs
-    from saccade.learn.train import Progress, Recipe
+    from saccade.learn.loop import Machines, Progress, first_process
+    from saccade.learn.train import Recipe
     from saccade.tools.watch import Watch
 
     watch = Watch()
@@ -68,7 +74,10 @@ def train(
     with watch.bar(f"training {model}", epochs) as bar:
         def show(now: Progress) -> None:
             bar.at(now.epoch + now.step / now.steps, f"{model} epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}")
-        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, progress=show)
+        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict,
+                           machines=Machines(devices, nodes, strategy), progress=show)
+    if not first_process():
+        return
     for note in found["data"]["notes"]:
         watch.line(f"note: {note}")
     watch.line(f"{model}: validation {found['val']['accuracy']:.1%}, test {found['test']['accuracy']:.1%}; in {out}")

@@ -24,6 +24,10 @@ Data = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error instead of skipped.")]
 
+Devices = Annotated[int, typer.Option(help="Processes (GPUs, or CPU processes) a node.")]
+Nodes = Annotated[int, typer.Option(help="Machines that train together.")]
+Strategy = Annotated[str, typer.Option(help="How processes share the work: auto, ddp or fsdp.")]
+
 
 @app.callback(invoke_without_command=True)
 def _options(

@@ -131,6 +131,36 @@ def open_validation(root: str | Path) -> Split:
     return Split(paths, labels, [path.relative_to(root).as_posix() for path in paths])
 
 
+def open_pictures(source: str | Path, *, strict: bool = False) -> ImageSet:
+    """Pictures to learn from without their labels: those in the `train` part count, val and test may be empty.
+
+    A built-in set, a CSV file or a labelled folder (see `open_images`) keeps its parts, so that what is learned can be
+    probed on the others. Any other folder gives all pictures in it, at any depth, to train.
+
+    Raises:
+        SaccadeError: the source does not exist or has no picture that can be read; with `strict`, a file that cannot
+            be used.
+    """
+    location = Path(source).expanduser()
+    if str(source) in BUILTIN or not location.is_dir():
+        return open_images(source, strict=strict)
+    images, _ = _files(location)
+    if not images:
+        raise SaccadeError(f"{location}: no pictures in it, at any depth; PNG, JPEG, WebP or TIFF files are needed")
+    loose, _ = _files(location, deep=False)
+    if not loose:
+        try:
+            return open_images(source, strict=strict)
+        except SaccadeError:  # no classes after all; files that cannot be used are told below
+            pass
+    notes = [f"{location} has no classes: all pictures in it are used"]
+    items = [Item(path.relative_to(location).as_posix(), "", path, "train") for path in images]
+    items = _checked(str(location), items, strict, notes, {})
+    fingerprint = hashlib.sha256(json.dumps([[item.name, item.content] for item in items]).encode()).hexdigest()
+    nothing = Split([], [], [])
+    return ImageSet(location.resolve().name, [], _as_split(items, [""]), nothing, nothing, notes, fingerprint)
+
+
 def _as_split(items: list[Item], classes: list[str]) -> Split:
     number = {label: index for index, label in enumerate(classes)}
     return Split([item.source for item in items], [number[item.label] for item in items], [i.name for i in items])

@@ -96,6 +96,12 @@ class Machines:
         return runner
 
 
+def first_process() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
+from saccade.learn.features import features
 from saccade.learn.train import Recipe, outputs
 from saccade.learn.transforms import Squares
 
@@ -45,16 +46,10 @@ def extract(
     That is model(x) where num_classes is 0; else of a copy after `reset_classifier(0)`; else `forward_features(x)`,
     averaged over the grid (B, D, *grid) or the tokens (B, N, D). Raises SaccadeError where a model has none of these.
     """
-    if getattr(model, "num_classes", None) != 0:
-        if hasattr(model, "reset_classifier"):
-            model = deepcopy(model)
-            model.reset_classifier(0)  # type: ignore[operator]
-        elif hasattr(model, "forward_features"):
-            model = _Features(model)
-        else:
-            raise SaccadeError(f"{type(model).__name__} has no features to probe: build it with num_classes=0")
-    found = outputs(model, Squares(split, img_size), batch_size, mean, std)
-    return found if found.ndim == 2 else found.mean(1) if found.ndim == 3 else found.flatten(2).mean(2)
+    if getattr(model, "num_classes", None) != 0 and hasattr(model, "reset_classifier"):
+        model = deepcopy(model)
+        model.reset_classifier(0)  # type: ignore[operator]
+    return outputs(_Features(model), Squares(split, img_size), batch_size, mean, std)
 
 
 def probe(
@@ -105,8 +100,7 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        features: Tensor = self.model.forward_features(image)  # type: ignore[operator]
-        return features
+        return features(self.model, image)
 
 
 def _neighbours(metric: str, known: int) -> list[Any]:

@@ -21,6 +21,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.load import load
 from saccade.learn.data import ImageSet, Split, open_images
+from saccade.learn.loop import Machines, first_process
 from saccade.learn.pictures import read_image
 from saccade.learn.score import metrics
 from saccade.learn.train import Progress, Recipe, fit, predict_logits
@@ -50,11 +51,13 @@ def train(
     checkpoint: Path | None = None,
     fresh: Sequence[str] = ("head*",),
     strict: bool = False,
+    machines: Machines | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train a registered model on a set of images; the same call on the same folder resumes. Returns its metrics.
 
-    From a checkpoint everything but the head is loaded (`fresh` says otherwise).
+    From a checkpoint (a file, or the folder of a run or a pre-training) everything but the head is loaded (`fresh` says
+    otherwise).
     """
     images = open_images(data, seed=0, strict=strict)
     options: dict[str, Any] = {
@@ -64,17 +67,24 @@ def train(
     def make() -> nn.Module:
         if checkpoint is None:
             return create_model(name, **options)
-        return create_model(name, checkpoint_path=checkpoint, fresh=fresh, **options)
+        return create_model(name, checkpoint_path=weights_file(checkpoint), fresh=fresh, **options)
 
     make()  # a wrong name or checkpoint is told before anything is written
-    fitted = fit(make, images, recipe, _folder(out), progress=progress)
+    fitted = fit(make, images, recipe, writable(out), machines=machines, progress=progress)
     card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std}
-    write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
+    if first_process():
+        write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std)
     found = {"val": _scores(run, images.val), "test": _scores(run, images.test), "training_seconds": fitted.seconds,
              "data": {"name": images.name, "fingerprint": images.fingerprint, "notes": images.notes}}
-    write_whole(out / "metrics.json", json.dumps(found, indent=1, ensure_ascii=False))
+    if first_process():
+        write_whole(out / "metrics.json", json.dumps(found, indent=1, ensure_ascii=False))
     return found
+
+
+def weights_file(place: Path) -> Path:
+    """The weights that a folder of a run or a pre-training holds; a file is its own."""
+    return place / WEIGHTS if place.is_dir() else place
 
 
 def open_run(folder: Path) -> Run:
@@ -136,7 +146,8 @@ def _part(images: ImageSet, part: str) -> Split:
     return found
 
 
-def _folder(out: Path) -> Path:
+def writable(out: Path) -> Path:
+    """The folder, made where it is missing; raises SaccadeError where nothing can be written to it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"

@@ -48,22 +48,25 @@ class Squares(Dataset[tuple[Tensor, int]]):
     """A split as ((3, S, S) uint8, label); seeds[i] decides how picture i is augmented, not who asks, nor when.
 
     Squares of a split that fit into CACHE_BYTES are decoded once a process and shared by all runs on that split. Those
-    to be augmented have a margin, reflected, for the crop that shifts them.
+    to be augmented have a margin, reflected, for the crop that shifts them; or `augment` gets squares of `side` pixels.
     """
 
-    def __init__(self, split: Split, img_size: int, augment: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, split: Split, img_size: int, augment: Callable[[Tensor], Tensor] | None = None, side: int | None = None
+    ) -> None:
         self.split = split
-        margin = img_size // 8 if augment else 0
-        self.decode = v2.Compose([evaluation_transform(img_size), v2.Pad(margin, padding_mode="reflect")])
+        margin = img_size // 8 if augment and side is None else 0
+        opened = side or img_size
+        self.decode = v2.Compose([evaluation_transform(opened), v2.Pad(margin, padding_mode="reflect")])
         self.augment = augment
         self.seeds: list[int] = []
         self.kept: Tensor | None = None
-        if len(split) * 3 * (img_size + 2 * margin) ** 2 <= CACHE_BYTES:
+        if len(split) * 3 * (opened + 2 * margin) ** 2 <= CACHE_BYTES:
             kept = _decoded.setdefault(split, {})
-            if (img_size, margin) not in kept:
+            if (opened, margin) not in kept:
                 with ThreadPoolExecutor() as pool:  # Pillow decodes and scales outside Python's lock
-                    kept[img_size, margin] = torch.stack(list(pool.map(self._open, range(len(split)))))
-            self.kept = kept[img_size, margin]
+                    kept[opened, margin] = torch.stack(list(pool.map(self._open, range(len(split)))))
+            self.kept = kept[opened, margin]
 
     def _open(self, i: int) -> Tensor:
         pixels: Tensor = self.decode(self.split[i][0])

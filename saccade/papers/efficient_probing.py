@@ -125,6 +125,44 @@ class QueryPooling(nn.Module):
         return attend(q, k, v).flatten(1)
 
 
+class MultiHeadPooling(nn.Module):
+    """One learned query in several heads, with projections of query, keys, values and output: (B, N, C) -> (B, C).
+
+    (Lee et al., "Set Transformer", 2019, section 3.2, the attention of its pooling, with one seed.)
+    """
+
+    def __init__(self, dim: int, heads: int = 12) -> None:
+        super().__init__()
+        if dim % heads:
+            raise SaccadeError(f"{heads} heads do not divide {dim} channels; choose a divisor")
+        self.heads, self.query = heads, nn.Parameter(torch.randn(dim) * 0.02)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.look(self.query.expand(len(tokens), 1, -1), tokens, tokens)
+
+    def look(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(B, 1, C), (B, N, C), (B, N, C) -> (B, C)."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in (self.q(query), self.k(keys), self.v(values)))
+        return self.proj(attend(q, k, v).flatten(1))
+
+
+class CrossAttentionPooling(MultiHeadPooling):
+    """The same with the query, the keys and the values each normalised first: (B, N, C) -> (B, C).
+
+    (Chen et al., "Context Autoencoder for Self-Supervised Representation Learning", 2022: CAE's attentive probe.)
+    """
+
+    def __init__(self, dim: int, heads: int = 12) -> None:
+        super().__init__(dim, heads)
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query = self.norm_q(self.query).expand(len(tokens), 1, -1)
+        return self.look(query, self.norm_k(tokens), self.norm_v(tokens))
+
+
 class MeanTokens(nn.Module):
     """The mean over tokens."""
 
@@ -142,6 +180,8 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "mean_query": MeanQuery,
     "abmilp": GatedPooling,
     "aim": QueryPooling,
+    "multi_head": MultiHeadPooling,
+    "cae": CrossAttentionPooling,
 }
 
 

@@ -6,7 +6,7 @@ its layers learn on the way serves other tasks,
 
 Gidaris, Singh, Komodakis, "Unsupervised Representation Learning by Predicting Image Rotations", 2018, section 2.
 
-Any classifier of four classes can be trained so; the paper's are here: AlexNet with batch norm, and networks in network
+Any backbone can be trained so; the paper's networks are here: AlexNet with batch norm, and networks in network
 of three-convolution blocks. AlexNet takes other sizes than 224 by an adaptive last pooling.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
+from saccade.core.pretraining import feature_width
 
 CARD = Card(
     "Unsupervised Representation Learning by Predicting Image Rotations",
@@ -34,6 +35,7 @@ CARD = Card(
     keywords="self-supervised learning, rotation prediction, pretext task, AlexNet, network in network",
     kinds=("pretraining",),
     weights={"rotnet_alexnet": Weights("https://mega.nz/#!n81AnC6L!xTbo_D3xd7QOpOSG1UFSChmDr8mbcuWbVjhQMaC4yoE")},
+    methods={"rotnet": "RotationPrediction"},
     goldens=("rotnet_alexnet", "rotnet_nin4", "op_rotnet_rotations"),
     tests=("tests/papers/test_rotnet.py",),
 )
@@ -50,17 +52,18 @@ def rotations(images: Tensor) -> Tensor:
 
 
 class RotationPrediction(nn.Module):
-    """Pictures (B, C, S, S) -> the loss and the share of turns told: {"loss", "accuracy"}, by a classifier of four."""
+    """Pictures (B, C, S, S) -> {"loss", "accuracy"} of telling the turns from the features of a model without a head.
 
-    def __init__(self, network: nn.Module) -> None:
+    `model` gives (B, D); raises SaccadeError where it has a head or gives something else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
+        self.head = nn.Linear(feature_width(model, "rotation prediction"), TURNS)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        scores = self.network(rotations(images).flatten(0, 1))
-        if scores.shape[-1] != TURNS:
-            raise SaccadeError(f"rotation prediction needs a classifier of {TURNS} classes, and this one has "
-                               f"{scores.shape[-1]}: build it with num_classes={TURNS}")
+        scores = self.head(self.model(rotations(images).flatten(0, 1)))
         turn = torch.arange(TURNS, device=scores.device).repeat(len(images))
         return {"loss": F.cross_entropy(scores, turn), "accuracy": (scores.argmax(1) == turn).float().mean()}
 
@@ -71,7 +74,7 @@ class ConvNet(nn.Module):
     def __init__(self, blocks: dict[str, nn.Module], dim: int, num_classes: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict(blocks)
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, dim
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
     def features(self, image: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from saccade import SaccadeError, create_model
-from saccade.papers.efficient_probing import POOLINGS, EfficientProbing, Probe, SimPool
+from saccade.papers.efficient_probing import POOLINGS, CrossAttentionPooling, EfficientProbing, Probe, SimPool
 
 
 def test_each_query_pools_its_slice():
@@ -32,6 +32,20 @@ def test_gamma_goes_from_the_mean_to_the_largest():
     torch.testing.assert_close(high(tokens) + normed.amin(), normed.amax(1), rtol=0, atol=0.1)
 
 
+def test_a_normalised_query_looks_with_all_projections():
+    """The same numbers as torch's own attention, fed with what CAE's norms give."""
+    pool, tokens = CrossAttentionPooling(8, heads=2).double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    parts = (pool.q, pool.k, pool.v)
+    theirs.in_proj_weight.data = torch.cat([part.weight.data for part in parts])
+    theirs.in_proj_bias.data = torch.cat([part.bias.data for part in parts])
+    theirs.out_proj.load_state_dict(pool.proj.state_dict())
+    for norm in (pool.norm_q, pool.norm_k, pool.norm_v):
+        nn.init.normal_(norm.weight)
+    query = pool.norm_q(pool.query).expand(3, 1, -1)
+    torch.testing.assert_close(pool(tokens), theirs(query, pool.norm_k(tokens), pool.norm_v(tokens))[0][:, 0])
+
+
 class Marked(nn.Module):
     """Tokens of which one, at a random place, says the class: its mean over places hides it in noise."""
 
@@ -42,7 +56,8 @@ class Marked(nn.Module):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_probe_learns_and_the_encoder_does_not(pooling):
     torch.manual_seed(0)
-    options = {"efficient": dict(queries=4), "mean_query": dict(heads=4), "aim": dict(heads=4)}.get(pooling, {})
+    options = {"efficient": dict(queries=4), "mean_query": dict(heads=4), "aim": dict(heads=4),
+               "multi_head": dict(heads=4), "cae": dict(heads=4)}.get(pooling, {})
     encoder = nn.Sequential(Marked(), nn.Linear(16, 16), nn.BatchNorm1d(9))
     probe = Probe(encoder, 16, 3, pooling, prefix=1, **options)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}

@@ -17,20 +17,20 @@ def test_turns():
         rotations(torch.zeros(1, 3, 2, 3))
 
 
-def test_any_classifier_learns_to_tell_them():
+def test_any_backbone_learns_to_tell_them():
     torch.manual_seed(0)
-    method = RotationPrediction(create_model("deit_nano", num_classes=4)).train()
+    method = RotationPrediction(create_model("deit_nano", num_classes=0)).train()
     images = torch.rand(16, 3, 32, 32)
     images[:, :, :10] += 1.5  # a sky
     optimizer = torch.optim.Adam(method.parameters(), 2e-3)
-    for _ in range(40):
+    for _ in range(80):
         out = method(images)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
     assert out["accuracy"] > 0.9
-    with pytest.raises(SaccadeError, match="num_classes=4"):
-        RotationPrediction(create_model("convnext_nano", num_classes=5))(images)
+    with pytest.raises(SaccadeError, match="num_classes=0"):
+        RotationPrediction(create_model("convnext_nano", num_classes=4))
 
 
 def test_networks_of_the_paper():

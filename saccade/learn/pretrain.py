@@ -1,0 +1,133 @@
+"""Training a backbone without labels, along the library's one training path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.errors import SaccadeError
+from saccade.core.optional import optional
+from saccade.core.pretraining import Objective
+from saccade.learn.data import Split
+from saccade.learn.features import features, spread
+from saccade.learn.loop import BaseRecipe, Machines, Outcome, Progress, Task, run
+from saccade.learn.transforms import Squares, normalise
+
+v2 = optional("torchvision.transforms.v2", extra="train")
+
+WATCHED = 256  # pictures whose features are measured after each epoch
+
+
+@dataclass(frozen=True)
+class Recipe(BaseRecipe):
+    """All that decides a pre-training besides the objective and the pictures."""
+
+    average: float = 0.0  # of the moving average of the weights, which is then the result; 0: the weights themselves
+    smallest_crop: float = 0.2  # share of the picture that a crop shows at least
+    flip: bool = True  # views may be mirrored: not for digits or writing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.average < 1:
+            raise SaccadeError(f"average is {self.average}: it must be at least 0 and below 1")
+        if not 0 < self.smallest_crop <= 1:
+            raise SaccadeError(f"smallest_crop is {self.smallest_crop}: it must be above 0 and at most 1")
+
+
+def fit(
+    make_objective: Callable[[], nn.Module],
+    pictures: Split,
+    fingerprint: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    machines: Machines | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Train the model of `make_objective()` on pictures; go on where an earlier call was stopped.
+
+    The folder receives what `train.fit` leaves, weights.safetensors being those of `objective.model` alone. The curves
+    tell each scalar of the objective and, of the first pictures, `feature_std` and `effective_rank`: where they fall
+    towards 0 and 1 the features collapse. Raises SaccadeError where the loss is not finite, or where the folder holds
+    another run.
+    """
+    measured = Split(pictures.sources[:WATCHED], pictures.labels[:WATCHED], pictures.paths[:WATCHED])
+
+    def loss(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = network(images)
+        return found
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        device, found = next(network.parameters()).device, []
+        with torch.no_grad():
+            for pixels, _ in Squares(measured, recipe.img_size).loader(recipe.batch_size):
+                images = normalise(pixels.to(device), recipe.mean, recipe.std)
+                found.append(network(images, features_only=True).float().cpu())
+        return spread(torch.cat(found))
+
+    def make() -> Task:
+        objective = make_objective()
+        if not isinstance(objective, Objective):
+            raise SaccadeError(f"{type(objective).__name__} has no `model`: an objective keeps what it trains there")
+        augment = views_transform(recipe.img_size, getattr(objective, "views", 1), recipe)
+        squares = Squares(pictures, recipe.img_size, augment, side=recipe.img_size * 3 // 2)
+        network = _Network(objective, recipe.average)
+        kept = "average" if recipe.average else "objective.model"
+        return Task(network, squares, fingerprint, loss, measure, network.after_step, kept)
+
+    return run(make, recipe, folder, machines or Machines(), progress)
+
+
+def views_transform(img_size: int, views: int, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """(3, T, T) uint8 -> (3, S, S), or (V, 3, S, S): crops of random place, size and shape, mirrored.
+
+    Where there are several views their colours differ too, lest they be told by those.
+    """
+    steps: list[Any] = [v2.RandomResizedCrop(img_size, (recipe.smallest_crop, 1.0), antialias=True)]
+    if recipe.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if views > 1:
+        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+    one = v2.Compose(steps)
+    return one if views == 1 else lambda pixels: torch.stack([one(pixels) for _ in range(views)])
+
+
+class _Network(nn.Module):
+    """An objective, the moving average of its model where one is asked for, and the way to the features of both.
+
+    One module, so that several processes share, part and keep all of it alike.
+    """
+
+    def __init__(self, objective: nn.Module, average: float) -> None:
+        super().__init__()
+        self.objective, self.share = objective, average
+        self.average = copy.deepcopy(objective.model).requires_grad_(False) if average else None  # type: ignore
+
+    def no_weight_decay(self) -> set[str]:
+        """What the objective and its model do not let decay."""
+        owners = {"objective": self.objective, "objective.model": self.objective.model}
+        return {f"{place}.{name}" for place, owner in owners.items() if hasattr(owner, "no_weight_decay")
+                for name in owner.no_weight_decay()}  # type: ignore[operator, union-attr]
+
+    def forward(self, images: Tensor, features_only: bool = False) -> Any:
+        if not features_only:
+            return self.objective(images)
+        return features(self.objective.model if self.average is None else self.average, images)  # type: ignore
+
+    @torch.no_grad()
+    def after_step(self, share: float) -> None:
+        """The objective's own step, then average = a average + (1 - a) model."""
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(share)  # type: ignore[operator]
+        if self.average is not None:
+            model: nn.Module = self.objective.model  # type: ignore[assignment]
+            for ours, theirs in zip(self.average.parameters(), model.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - self.share)
+            for kept, buffer in zip(self.average.buffers(), model.buffers(), strict=True):
+                kept.copy_(buffer)
