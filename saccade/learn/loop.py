@@ -248,6 +248,8 @@ def _train(
 
         network.eval()
         measured = task.measure(network)
+        if hasattr(task.network, "reshard"):  # parted weights were put together to measure
+            task.network.reshard()  # type: ignore[operator]
         for name, number in measured.items():
             if name.endswith("loss"):
                 check_finite(torch.tensor(number), epoch, steps - 1, recipe)

@@ -47,9 +47,11 @@ def describe(model: nn.Module) -> str:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state for safetensors."""
+    """A model's state for safetensors; what is parted among processes is put together, so all of them must ask."""
+    state = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+             for name, tensor in model.state_dict().items()}
     # copies, since safetensors refuses two names (tied weights) for one piece of memory
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 @contextmanager
