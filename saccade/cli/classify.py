@@ -13,8 +13,9 @@ from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app
 @app.command()
 def compare(
     data: Data = "tiles",
-    models: Annotated[str, typer.Option(help="Names, timm:NAME or file.py:function, with commas between.")] =
-        "swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano",
+    models: Annotated[
+        str | None, typer.Option(help="Names, timm:NAME or file.py:function, with commas between; five narrow ones.")
+    ] = None,
     img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
     epochs: Annotated[int | None, typer.Option(help="Epochs for each.")] = None,
     budget: Annotated[
@@ -28,6 +29,9 @@ def compare(
     apply: Annotated[
         str, typer.Option(help="Methods that every model is also shown with, as in evit:keep=0.7,evit:keep=0.5.")
     ] = "",
+    checkpoint: Annotated[
+        str, typer.Option(help="Pre-trainings of a model to compare, as in mae=FOLDER,rotnet=FOLDER.")
+    ] = "",
     strict: Strict = False,
 ) -> None:
     """Which of several models is best for a set of images, at which cost."""
@@ -35,8 +39,11 @@ def compare(
     from saccade.tools.compare import Contest
     from saccade.tools.compare import compare as run
 
+    if models is None:
+        models = "" if checkpoint else "swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano"
     run(Contest(data=data, models=_names(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
-                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply)))
+                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply),
+                checkpoint=_names(checkpoint)))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -107,18 +107,24 @@ class _Network(nn.Module):
     def __init__(self, objective: nn.Module, average: float) -> None:
         super().__init__()
         self.objective, self.share = objective, average
-        self.average = copy.deepcopy(objective.model).requires_grad_(False) if average else None  # type: ignore
+        self.average: nn.Module | None = copy.deepcopy(self.model).requires_grad_(False) if average else None
+
+    @property
+    def model(self) -> nn.Module:
+        """What the objective trains."""
+        model: nn.Module = self.objective.model  # type: ignore[assignment]
+        return model
 
     def no_weight_decay(self) -> set[str]:
         """What the objective and its model do not let decay."""
-        owners = {"objective": self.objective, "objective.model": self.objective.model}
+        owners = {"objective": self.objective, "objective.model": self.model}
         return {f"{place}.{name}" for place, owner in owners.items() if hasattr(owner, "no_weight_decay")
-                for name in owner.no_weight_decay()}  # type: ignore[operator, union-attr]
+                for name in owner.no_weight_decay()}  # type: ignore[operator]
 
     def forward(self, images: Tensor, features_only: bool = False) -> Any:
         if not features_only:
             return self.objective(images)
-        return features(self.objective.model if self.average is None else self.average, images)  # type: ignore
+        return features(self.model if self.average is None else self.average, images)
 
     @torch.no_grad()
     def after_step(self, share: float) -> None:
@@ -126,8 +132,7 @@ class _Network(nn.Module):
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(share)  # type: ignore[operator]
         if self.average is not None:
-            model: nn.Module = self.objective.model  # type: ignore[assignment]
-            for ours, theirs in zip(self.average.parameters(), model.parameters(), strict=True):
+            for ours, theirs in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - self.share)
-            for kept, buffer in zip(self.average.buffers(), model.buffers(), strict=True):
+            for kept, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 kept.copy_(buffer)

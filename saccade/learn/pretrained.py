@@ -84,6 +84,9 @@ def open_pretrained(place: Path, name: str | None = None, img_size: int = 32) ->
         card = json.loads((place / CARD).read_text(encoding="utf-8"))
     elif name is None:
         raise SaccadeError(f"{place} does not say which model it belongs to ({CARD} is missing): give --model NAME")
+    if not weights_file(place).is_file():
+        raise SaccadeError(f"{place} holds no weights ({weights_file(place).name} is missing): `saccade pretrain` "
+                           "makes them")
     return Pretrained(resolve_model(name or card["model"]), weights_file(place), card.get("img_size", img_size),
                       tuple(card.get("mean", Recipe.mean)), tuple(card.get("std", Recipe.std)))
 
@@ -101,7 +104,7 @@ def probed(
     features = [extract(model, split, **look) for split in (images.train, images.val, images.test)]  # type: ignore
     known, held_out, truth = images.train.labels, images.val.labels, np.asarray(images.test.labels)
     answers = probe(features[0], known, features[1], held_out, features[2])
-    recipe = train.Recipe(epochs=epochs, seed=seed, augment=False, label_smoothing=0.0, weight_decay=0.0, **look)  # type: ignore
+    recipe = train.Recipe(epochs=epochs, seed=seed, augment=False, label_smoothing=0.0, weight_decay=0.0, **look)
     for pooling in poolings:
         answers[pooling] = attentive(images, model, pooling, recipe, progress)
     return {by: metrics(answer.argmax(-1).numpy(), truth, len(images.classes)) for by, answer in answers.items()}

@@ -27,7 +27,7 @@ import saccade
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet, open_images
-from saccade.tools.contestants import Contestant, contestants, reason, references, start_of
+from saccade.tools.contestants import Contestant, contestants, pretrained_contestants, reason, references, start_of
 from saccade.tools.report import write_report
 from saccade.tools.standings import Standing, advise, looks, race_all, row, table
 from saccade.tools.trials import (
@@ -68,6 +68,7 @@ class Contest:
     strict: bool = False
     batch_size: int = 64
     apply: tuple[str, ...] = ()  # methods, as in evit:keep=0.7, that every model is also shown with after training
+    checkpoint: tuple[str, ...] = ()  # LABEL=FOLDER of pre-trainings, beside the models
 
     def __post_init__(self) -> None:
         for name in ("img_size", "seeds", "batch_size", "epochs"):
@@ -106,7 +107,9 @@ def compare(contest: Contest) -> dict[str, Any]:
     for what can be known to be wrong before anything runs.
     """
     began, watch = time.monotonic(), Watch()
-    named = contestants(contest.models, contest.mixers, contest.img_size, contest.apply)
+    named = pretrained_contestants(contest.checkpoint, contest.img_size)
+    if contest.models or not named:
+        named = [*contestants(contest.models, contest.mixers, contest.img_size, contest.apply), *named]
     start = contest.start or start_of(named)
     if start == "probe" and (contest.epochs or contest.budget):
         raise SaccadeError("a probe of frozen features trains no epochs: leave out epochs and budget, or give start "

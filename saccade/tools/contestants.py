@@ -23,6 +23,7 @@ from saccade.core.index import mixer_paper, resolve_model
 from saccade.core.names import closest
 from saccade.core.optional import optional
 from saccade.core.weights import is_obtainable
+from saccade.learn.pretrained import open_pretrained
 
 timm = optional("timm", extra="train")
 
@@ -99,6 +100,30 @@ def _reduced(host: Contestant, method: str) -> Contestant:
         return model
 
     return replace(host, name=f"{host.name}+{method}", build=build, registered=None, host=host, method=method)
+
+
+def pretrained_contestants(named: Sequence[str], img_size: int) -> list[Contestant]:
+    """Pre-trainings as contestants: each of `named` reads LABEL=FOLDER, a folder that `saccade pretrain` made."""
+    found = []
+    for one in named:
+        label, equals, place = one.partition("=")
+        if not (label and equals and place):
+            raise SaccadeError(f"--checkpoint {one}: write LABEL=FOLDER, as in mae=runs/mae,rotnet=runs/rotnet")
+        opened = open_pretrained(Path(place))
+        identity = hashlib.sha256(opened.weights.read_bytes()).hexdigest()[:16]
+        build = partial(_from_pretrained, opened.name, opened.weights, img_size)
+        found.append(Contestant(label, "model", build, weights=True, identity=identity,
+                                registered={"model": opened.name, "options": {"img_size": img_size}}))
+    if len({each.name for each in found}) < len(found):
+        raise SaccadeError("--checkpoint names two folders alike: give each a label of its own")
+    return found
+
+
+def _from_pretrained(model: str, weights: Path, img_size: int, classes: int, pretrained: bool) -> nn.Module:
+    if not pretrained:
+        return create_model(model, num_classes=classes, img_size=img_size)
+    fresh = ("head*",) if classes else ()
+    return create_model(model, num_classes=classes, img_size=img_size, checkpoint_path=weights, fresh=fresh)
 
 
 def references(img_size: int, start: str) -> list[Contestant]:
