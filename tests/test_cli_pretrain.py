@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from saccade.cli import main
+from saccade.tools.contestants import pretrained_contestants
 from tests.test_cli import run
 
 
@@ -55,6 +58,16 @@ def test_fine_tuning_goes_on_from_it(capsys, pictures, pretrained, tmp_path):
     code, out, _ = run(capsys, "train", pictures, "--model", "deit_nano", "--checkpoint", pretrained, "--out",
                        tmp_path / "tuned", "--epochs", "1", "--img-size", "16", "--batch-size", "6")
     assert code == 0 and "deit_nano: validation" in out
+
+
+def test_contestants_start_from_it(pretrained):
+    (one,) = pretrained_contestants([f"mine={pretrained}"], 16)
+    weights = load_file(pretrained / "weights.safetensors")
+    assert one.name == "mine" and one.weights and one.build is not None
+    for classes in (0, 3):
+        state = one.build(classes, True).state_dict()
+        assert all(torch.equal(state[name], weights[name]) for name in weights)
+    assert not torch.equal(one.build(3, False).state_dict()["position"], weights["position"])
 
 
 def test_bad_input(capsys, pictures, pretrained, tmp_path):

@@ -6,6 +6,7 @@ weights are an ordinary checkpoint of the model without its head.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -100,8 +101,8 @@ def probed(
         if pooling not in POOLINGS:
             raise SaccadeError(f"there is no pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
     images, model = open_images(data, seed=0, strict=strict), pretrained.model()
-    look = dict(img_size=pretrained.img_size, mean=pretrained.mean, std=pretrained.std)
-    features = [extract(model, split, **look) for split in (images.train, images.val, images.test)]  # type: ignore
+    look: dict[str, Any] = dict(img_size=pretrained.img_size, mean=pretrained.mean, std=pretrained.std)
+    features = [extract(model, split, **look) for split in (images.train, images.val, images.test)]
     known, held_out, truth = images.train.labels, images.val.labels, np.asarray(images.test.labels)
     answers = probe(features[0], known, features[1], held_out, features[2])
     recipe = train.Recipe(epochs=epochs, seed=seed, augment=False, label_smoothing=0.0, weight_decay=0.0, **look)
@@ -120,7 +121,7 @@ def attentive(
         width = tokens(torch.zeros(1, 3, recipe.img_size, recipe.img_size,
                                    device=next(model.parameters()).device)).shape[-1]
     options = {option: _divisor(width, most) for option, most in (("heads", 12), ("queries", 32))
-               if option in POOLINGS[pooling].__init__.__code__.co_varnames}  # type: ignore[misc]
+               if option in inspect.signature(POOLINGS[pooling]).parameters}
 
     def make() -> nn.Module:
         return Probe(tokens, width, len(images.classes), pooling, prefix=0, **options)
