@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.attribution import gradients, perturbation
+from saccade.attribution import attention, gradients, perturbation
 from saccade.attribution.classifier import evaluating
 from saccade.core.errors import SaccadeError
 from saccade.core.index import index
@@ -38,7 +38,8 @@ class Explanation:
 class Method:
     """function(model, image (B, C, H, W), target (B,), **options) -> (B, H, W); what it needs of a model.
 
-    `needs`: "scores" (any classifier, a black box too), "gradient", or "map" (a layer with places, and its gradient).
+    `needs`: "scores" (any classifier, a black box too), "gradient", "map" (a layer with places, and its gradient), or
+    "attention" (softmax weights between tokens, or a class token).
     """
 
     function: Callable[..., Tensor]
@@ -57,6 +58,11 @@ METHODS: dict[str, Method] = {
     "rise": Method(perturbation.rise, "scores"),
     "lime": Method(perturbation.lime, "scores", signed=True),
     "meaningful_perturbation": Method(perturbation.meaningful_perturbation, "gradient"),
+    "raw_attention": Method(attention.raw_attention, "attention"),
+    "attention_rollout": Method(attention.attention_rollout, "attention"),
+    "gradient_rollout": Method(attention.gradient_rollout, "attention"),
+    "attention_relevance": Method(attention.attention_relevance, "attention"),
+    "class_token_similarity": Method(attention.class_token_similarity, "attention", signed=True),
 }
 
 

@@ -98,8 +98,9 @@ class _Frame:
 class Recording:
     """What `record` gives: the affinity of each module that computed one, by the module's name."""
 
-    def __init__(self) -> None:
+    def __init__(self, attached: bool = False) -> None:
         self.affinities: dict[str, Affinity] = {}
+        self.attached = attached
         self._running: list[_Frame] = []
 
     def keys(self) -> list[str]:
@@ -120,7 +121,8 @@ class Recording:
         if not named or named[-1] is None:
             return  # a module that the pattern left out
         query, key = where() if where is not None else (None, None)
-        self.affinities.setdefault(named[-1], Affinity()).parts.append(Part(weights.detach(), query, key))
+        part = Part(weights if self.attached else weights.detach(), query, key)
+        self.affinities.setdefault(named[-1], Affinity()).parts.append(part)
 
     def add_foreign(self, weights: Tensor) -> None:
         """Weights (B', heads, Nq, Nk) that PyTorch computed; those of our own code are noted by `attend`."""
@@ -146,7 +148,7 @@ OWN = ("saccade.ops.", "saccade.parts.", "saccade.papers.")
 
 
 class _Foreign(TorchFunctionMode):
-    """Sees the attention that modules of others compute, and changes nothing of it."""
+    """Sees the attention that modules of others compute, and changes nothing of its numbers."""
 
     def __init__(self, recording: Recording) -> None:
         super().__init__()
@@ -159,14 +161,28 @@ class _Foreign(TorchFunctionMode):
             out, weights = func(**asked | {"need_weights": True, "average_attn_weights": False})
             assert weights is not None
             self.recording.add_foreign(weights)
+            if self.recording.attached:
+                out = _mixed(weights, asked)
             mean = asked.get("average_attn_weights", True)
             return out, (weights.mean(-3) if mean else weights) if asked.get("need_weights", True) else None
         if func is F.scaled_dot_product_attention:
-            self.recording.add_foreign(_weights(*args, **kwargs))
+            weights = _weights(*args, **kwargs)
+            self.recording.add_foreign(weights)
+            if self.recording.attached and not kwargs.get("enable_gqa"):  # what comes of them has to come through them
+                return weights @ kwargs.get("value", args[2] if len(args) > 2 else None)
         out = func(*args, **kwargs)
         if func in SOFTMAX and out.ndim == 4 and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, 3):
             self.recording.add_foreign(out)
         return out
+
+
+def _mixed(weights: Tensor, asked: Mapping[str, Any]) -> Tensor:
+    """The output (L, B, C) of multi_head_attention_forward, as it comes of the weights (B, heads, L, S)."""
+    rows = slice(2 * asked["embed_dim_to_check"], None)
+    bias = asked["in_proj_bias"]
+    v = F.linear(asked["value"], asked["in_proj_weight"][rows], None if bias is None else bias[rows])
+    mixed = weights @ v.unflatten(-1, (asked["num_heads"], -1)).permute(1, 2, 0, 3)
+    return F.linear(mixed.permute(2, 0, 1, 3).flatten(2), asked["out_proj_weight"], asked["out_proj_bias"])
 
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -206,9 +222,12 @@ def note(weights: Tensor, where: Where | None = None) -> None:
 
 
 @contextmanager
-def record(model: nn.Module, layers: str = "*") -> Iterator[Recording]:
-    """Record the weights of the modules of `model` that the pattern `layers` names, in forwards inside the block."""
-    result = Recording()
+def record(model: nn.Module, layers: str = "*", attached: bool = False) -> Iterator[Recording]:
+    """Record the weights of the modules of `model` that the pattern `layers` names, in forwards inside the block.
+
+    `attached` weights stay in the graph of an evaluation, so that the slopes of a score can be asked of them.
+    """
+    result = Recording(attached)
 
     def enter(name: str | None) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
