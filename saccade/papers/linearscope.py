@@ -45,6 +45,7 @@ SMOOTH = {F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.elu, F.mish, F.softplus,
 POOLINGS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
             F.adaptive_max_pool3d}
 NORMS = {F.layer_norm, F.instance_norm, F.group_norm}
+ATTENTION = {F.softmax, torch.softmax, Tensor.softmax, F.scaled_dot_product_attention}
 KNOWN = RECTIFIERS | SMOOTH | POOLINGS | NORMS
 
 Replay = Callable[[Tensor], Tensor]
@@ -57,10 +58,11 @@ class _Decisions(TorchFunctionMode):
         super().__init__()
         self.hold, self.taken = hold, stored if stored is not None else []
         self.left = None if stored is None else iter(stored)
-        self.smooth = False
+        self.smooth = self.attention = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inplace"}
+        self.attention |= func in ATTENTION
         if func not in KNOWN or not (args[0] if args else kwargs["input"]).is_floating_point():
             return func(*args, **kwargs)
         x, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
@@ -83,8 +85,8 @@ class LinearSystem:
     `hold` is what is kept of a smooth activation: its "gain" f(a) / a or its "slope" f'(a). `piecewise_linear` says
     that no smooth call was met, in the making of weights neither: then A is the Jacobian too.
 
-    Raises SaccadeError for another `hold`, a model whose output is no tensor, and a network that is not affine even so
-    (a product of two activations, softmax attention): that is tried out, on a random probe.
+    Raises SaccadeError for another `hold`, a model whose output is no tensor, softmax attention, and a network
+    that is not affine even so (a product of two activations): that is tried out, on a random probe.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, hold: str = "gain") -> None:
@@ -96,6 +98,9 @@ class LinearSystem:
         if not isinstance(output, Tensor):
             raise SaccadeError(f"the model returned {type(output).__name__}: a linear system needs one tensor")
         self.decisions, self.piecewise_linear, self.output = mode.taken, not mode.smooth, output
+        if mode.attention:
+            raise SaccadeError(f"{type(model).__name__} has softmax attention: it has no linear system; choose a "
+                               "network of convolutions, activations, max pooling and norms")
         with torch.no_grad():
             self.bias = self.forward(torch.zeros_like(self.image))
         self._try_out()
@@ -119,9 +124,10 @@ class LinearSystem:
 
     def _try_out(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.image.shape, generator=generator).to(self.image)
+        size = 10 * float(self.image.square().mean().sqrt())  # large: gates near their middle are almost affine
+        probe = (size or 1.0) * torch.randn(self.image.shape, generator=generator).to(self.image)
         whole, parts = self.apply(self.image + probe), self.apply(self.image) + self.apply(probe)
-        if (whole - parts).abs().amax() > 1e-3 * max(1.0, float(whole.abs().amax()), float(self.bias.abs().amax())):
+        if (whole - parts).abs().amax() > 1e-4 * torch.stack([whole, self.bias]).abs().amax():
             raise SaccadeError(f"{type(self.model).__name__} multiplies activations with each other or bends them in a "
                                "way that is not known: it has no linear system; choose a network of convolutions, "
                                "activations, max pooling and norms")
