@@ -169,7 +169,7 @@ class _Foreign(TorchFunctionMode):
             weights = _weights(*args, **kwargs)
             self.recording.add_foreign(weights)
             if self.recording.attached and not kwargs.get("enable_gqa"):  # what comes of them has to come through them
-                return weights @ kwargs.get("value", args[2] if len(args) > 2 else None)
+                return weights @ (kwargs["value"] if "value" in kwargs else args[2])
         out = func(*args, **kwargs)
         if func in SOFTMAX and out.ndim == 4 and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, 3):
             self.recording.add_foreign(out)

@@ -47,6 +47,9 @@ POOLINGS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.a
 NORMS = {F.layer_norm, F.instance_norm, F.group_norm}
 ATTENTION = {F.softmax, torch.softmax, Tensor.softmax, F.scaled_dot_product_attention}
 KNOWN = RECTIFIERS | SMOOTH | POOLINGS | NORMS
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div,
+            Tensor.__truediv__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum,
+            F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, torch.addcmul}
 
 Replay = Callable[[Tensor], Tensor]
 
@@ -58,24 +61,29 @@ class _Decisions(TorchFunctionMode):
         super().__init__()
         self.hold, self.taken = hold, stored if stored is not None else []
         self.left = None if stored is None else iter(stored)
-        self.smooth = self.attention = False
+        self.smooth = self.attention = self.product = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inplace"}
         self.attention |= func in ATTENTION
+        if func in PRODUCTS and self.left is not None:  # in a replay, what has a gradient comes from the probe
+            factors = args[1:] if func is torch.addcmul else args  # einsum may have them in one list
+            factors = factors[1] if len(factors) > 1 and isinstance(factors[1], (tuple, list)) else factors
+            self.product |= sum(isinstance(one, Tensor) and one.requires_grad for one in factors) > 1
         if func not in KNOWN or not (args[0] if args else kwargs["input"]).is_floating_point():
             return func(*args, **kwargs)
         x, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         if self.left is not None:
             return next(self.left)(x)
         self.smooth |= func in SMOOTH | NORMS
+        at = x.detach()
         if func in POOLINGS:
-            self.taken.append(_chosen_pixels(func, x, rest, kwargs))
+            self.taken.append(_chosen_pixels(func, at, rest, kwargs))
         elif func in NORMS:
-            y = func(x, *rest, **kwargs)
-            self.taken.append(_affine(_norm_scale(func, x, rest, kwargs), x, y))
+            y = func(at, *rest, **kwargs)
+            self.taken.append(_affine(_norm_scale(func, at, rest, kwargs), at, y))
         else:
-            self.taken.append(_bent(func, x, rest, kwargs, self.hold))
+            self.taken.append(_bent(func, at, rest, kwargs, self.hold))
         return self.taken[-1](x)
 
 
@@ -86,35 +94,35 @@ class LinearSystem:
     that no smooth call was met, in the making of weights neither: then A is the Jacobian too.
 
     Raises SaccadeError for another `hold`, a model whose output is no tensor, softmax attention, and a network
-    that is not affine even so (a product of two activations): that is tried out, on a random probe.
+    that is not affine even so: products of two activations are seen, what else there may be is tried out on a probe.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, hold: str = "gain") -> None:
         if hold not in ("gain", "slope"):
             raise SaccadeError(f'hold={hold!r}: choose "gain" or "slope"')
         self.model, self.hold, self.image = model, hold, image.detach()
-        with torch.no_grad(), (mode := _Decisions(hold)):
-            output = getattr(found := model(self.image), "logits", found)
+        # With gradients, here and in all replays: some modules compute otherwise where there are none.
+        with torch.enable_grad(), (mode := _Decisions(hold)):
+            output = getattr(found := model(self.image.clone().requires_grad_()), "logits", found)
         if not isinstance(output, Tensor):
             raise SaccadeError(f"the model returned {type(output).__name__}: a linear system needs one tensor")
-        self.decisions, self.piecewise_linear, self.output = mode.taken, not mode.smooth, output
+        self.decisions, self.piecewise_linear = mode.taken, not mode.smooth
         if mode.attention:
             raise SaccadeError(f"{type(model).__name__} has softmax attention: it has no linear system; choose a "
                                "network of convolutions, activations, max pooling and norms")
-        with torch.no_grad():
-            self.bias = self.forward(torch.zeros_like(self.image))
+        self.output = output.detach()
+        self.bias = self.forward(torch.zeros_like(self.image)).detach()
         self._try_out()
 
     def forward(self, probe: Tensor) -> Tensor:
         """A u + b."""
-        with _Decisions(self.hold, self.decisions):
-            output = self.model(probe)
+        with torch.enable_grad(), _Decisions(self.hold, self.decisions):
+            output = self.model(probe if probe.requires_grad else probe.clone().requires_grad_())
         return getattr(output, "logits", output)
 
-    @torch.no_grad()
     def apply(self, probe: Tensor) -> Tensor:
         """A u: what a probe (B, C, H, W) writes, the bias taken away. A single pixel gives a column."""
-        return self.forward(probe) - self.bias
+        return self.forward(probe).detach() - self.bias
 
     def transposed(self, output: Tensor) -> Tensor:
         """A^T v (B, C, H, W) of v, shaped as the output. A single score gives a row: the filter that reads it."""
@@ -122,12 +130,26 @@ class LinearSystem:
             probe = torch.zeros_like(self.image).requires_grad_()
             return torch.autograd.grad(self.forward(probe), probe, output)[0]
 
+    def _multiplies(self) -> bool:
+        """Whether anything is a product of two numbers that both come from the picture."""
+        learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        try:
+            with torch.enable_grad(), (mode := _Decisions(self.hold, self.decisions)):
+                self.model(self.image.clone().requires_grad_())
+        finally:
+            for parameter in learned:
+                parameter.requires_grad_()
+        return mode.product
+
     def _try_out(self) -> None:
         generator = torch.Generator().manual_seed(0)
         size = 10 * float(self.image.square().mean().sqrt())  # large: gates near their middle are almost affine
         probe = (size or 1.0) * torch.randn(self.image.shape, generator=generator).to(self.image)
         whole, parts = self.apply(self.image + probe), self.apply(self.image) + self.apply(probe)
-        if (whole - parts).abs().amax() > 1e-4 * torch.stack([whole, self.bias]).abs().amax():
+        off = (whole - parts).abs().amax() > 1e-4 * torch.stack([whole, self.bias]).abs().amax()
+        if off or self._multiplies():
             raise SaccadeError(f"{type(self.model).__name__} multiplies activations with each other or bends them in a "
                                "way that is not known: it has no linear system; choose a network of convolutions, "
                                "activations, max pooling and norms")
@@ -145,7 +167,7 @@ linearscope.signed = True  # type: ignore[attr-defined]
 
 def _affine(scale: Tensor, x: Tensor, y: Tensor) -> Replay:
     """u -> scale u + (y - scale x)."""
-    shift = (y - scale * x).detach()
+    scale, shift = scale.detach(), (y - scale * x).detach()
     return lambda probe: scale * probe + shift
 
 

@@ -18,11 +18,20 @@ HOSTS = {
     "plain": lambda: create_model("deit_nano", num_classes=0, img_size=32),
     "convnext": lambda: create_model("convnext_nano", num_classes=0, img_size=32),
     "swin": lambda: create_model("swin_nano", num_classes=0, img_size=32),
+    "resnet": lambda: create_model("resnet_nano", num_classes=0, img_size=32),
+    "modalities": lambda: create_model("multivit_nano", num_classes=0, img_size=32),
     "timm": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48,
                                       depth=2, num_heads=3),
 }
 # Options of a method on hosts so narrow, where its own are for larger ones.
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mae": dict(dim=32, depth=1, heads=2),
+    "multimae": dict(dim=32, depth=1, heads=2),
+    "obow": dict(words=32),
+    "sit_ssl": dict(out_dim=32, hidden=64, tasks=("restoration", "contrast")),
+    "spark": dict(width=32),
+    "uni4eye": dict(dim=32, depth=1, heads=2),
+}
 METHODS = sorted(name for name, paper in index()["methods"].items() if KIND in index()["papers"][paper]["kinds"])
 
 
