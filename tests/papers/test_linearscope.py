@@ -90,7 +90,8 @@ def test_votes_find_the_planted_patch():
     assert auc(explain(trained("cnn"), x, "linearscope", label).maps, where) > 0.85
 
 
-@pytest.mark.parametrize("name", ["deit_nano", "cvt_nano", "dhvt_nano", "affnet_nano", "ibn_a_nano", "hornet_nano", "focalnet_nano", "attnet_nano", "awb_post_nano"])
+@pytest.mark.parametrize("name", ["deit_nano", "cvt_nano", "dhvt_nano", "affnet_nano", "ibn_a_nano", "hornet_nano",
+                                  "focalnet_nano", "attnet_nano", "awb_post_nano"])
 def test_products_of_activations_are_refused(name):
     torch.manual_seed(0)
     with pytest.raises(SaccadeError, match="no linear system"):
