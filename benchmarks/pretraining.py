@@ -25,7 +25,12 @@ from saccade.learn.data import ImageSet, Split, open_images
 from saccade.learn.pretrain import Recipe, fit
 from saccade.learn.probe import extract, probe
 
-HOSTS = ("deit_nano", "convnext_nano")  # the first that a method takes
+HOSTS = ("deit_nano", "convnext_nano", "multivit_nano")  # the first that a method takes
+DECODER = dict(dim=64, depth=2, heads=4)
+OPTIONS: dict[str, dict[str, Any]] = {  # decoders and heads as narrow as the hosts
+    "mae": DECODER, "multimae": DECODER | dict(ratio=0.75), "uni4eye": DECODER, "spark": dict(width=64),
+    "obow": dict(words=256), "sit_ssl": dict(out_dim=64, hidden=256),
+}
 SIDE, SEEDS, PICTURES = 32, 3, 640
 STEPS, BATCH = 80, 16  # about ten seconds on a core
 STUDENT = 4.303  # 97.5 % point of Student's t for three seeds
@@ -42,7 +47,7 @@ def host_of(method: str) -> str:
     """The first host that the method takes."""
     for name in HOSTS:
         try:
-            pretraining(create_model(name, num_classes=0, img_size=SIDE), method)
+            pretraining(create_model(name, num_classes=0, img_size=SIDE), method, **OPTIONS.get(method, {}))
             return name
         except SaccadeError:
             continue
@@ -63,7 +68,7 @@ def trained(method: str, name: str, images: ImageSet, seed: int) -> nn.Module:
                     smallest_crop=0.5, flip=images.name != "digits")
 
     def make() -> nn.Module:
-        return pretraining(create_model(name, num_classes=0, img_size=SIDE), method)
+        return pretraining(create_model(name, num_classes=0, img_size=SIDE), method, **OPTIONS.get(method, {}))
 
     with tempfile.TemporaryDirectory() as folder:
         return fit(make, images.train, images.fingerprint, recipe, Path(folder)).model

@@ -76,6 +76,8 @@ def test_bad_input(capsys, pictures, pretrained, tmp_path):
     asked = ("--model", "deit_nano", "--out", out)
     cases = [
         (("pretrain", pictures, "--method", "rotnett", *asked), "did you mean rotnet"),
+        (("pretrain", pictures, "--method", "mae:ratoi=0.5", *asked), "has no option 'ratoi'"),
+        (("pretrain", pictures, "--method", "spark:width=32", *asked), "pyramid"),
         (("pretrain", pictures, "--method", "rotnet", "--model", "hat_s_x2", "--out", out), "hat_s_x2"),
         (("pretrain", tmp_path / "empty", "--method", "rotnet", *asked), "no pictures in it"),
         (("pretrain", tmp_path / "nowhere", "--method", "rotnet", *asked), "nowhere"),

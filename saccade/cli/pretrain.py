@@ -13,7 +13,9 @@ from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app
 @app.command()
 def pretrain(
     data: Annotated[str, typer.Argument(help="A folder of pictures, a CSV, or the built-in tiles or digits.")],
-    method: Annotated[str, typer.Option(help="How to learn, as in rotnet.")],
+    method: Annotated[
+        str, typer.Option(help="How to learn, as in mae, or with options, mae:ratio=0.6,depth=4.")
+    ],
     model: Annotated[str, typer.Option(help="Registered model.")],
     out: Annotated[Path, typer.Option(help="Folder for weights, curves and settings; the same command resumes.")],
     epochs: Annotated[int, typer.Option()] = 100,
@@ -30,20 +32,23 @@ def pretrain(
     strict: Strict = False,
 ) -> None:
     """Train one model on pictures without labels."""
+    from saccade.core.apply import parse_method
+    from saccade.core.pretraining import KIND
     from saccade.learn import pretrained
     from saccade.learn.loop import Machines, Progress, first_process
     from saccade.learn.pretrain import Recipe
     from saccade.tools.watch import Watch
 
     watch = Watch()
+    name, options = parse_method(method, KIND)
     recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, img_size=img_size, seed=seed,
                     accumulate=accumulate, average=average, precision=precision, flip=data != "digits")
     machines = Machines(devices, nodes, strategy)
     with watch.bar(f"pre-training {model}", epochs) as bar:
         def show(now: Progress) -> None:
             bar.at(now.epoch - 1 + now.step / now.steps, f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
-        found, notes = pretrained.pretrain(data, model, method, out, recipe, strict=strict, machines=machines,
-                                           progress=show)
+        found, notes = pretrained.pretrain(data, model, name, out, recipe, options=options, strict=strict,
+                                           machines=machines, progress=show)
     if not first_process():
         return
     for note in notes:

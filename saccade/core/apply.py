@@ -32,14 +32,14 @@ def apply(model: nn.Module, name: str, **options: Any) -> Handle:
     return function(model, **options)
 
 
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """`NAME:key=value,key=value` as the method and its options: "evit:keep=0.7,layers=(3,6)" -> "evit", {...}.
+def parse_method(text: str, kind: str = KIND) -> tuple[str, dict[str, Any]]:
+    """`NAME:key=value,key=value` as a method of a kind and its options: "evit:keep=0.7,layers=(3,6)" -> "evit", {...}.
 
     Values are numbers, truth values, lists in brackets, or words. Raises SaccadeError for what is not so written, and
     for an unknown method.
     """
     name, _, rest = text.strip().partition(":")
-    method(name, KIND)
+    method(name, kind)
     options: dict[str, Any] = {}
     for part in _parts(rest):
         key, mark, value = (piece.strip() for piece in part.partition("="))

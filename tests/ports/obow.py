@@ -53,6 +53,10 @@ class Recorded(OBoW):
     def __init__(self, host: str, words: int, sharpness: float, kappa: float, pool: str) -> None:
         super().__init__(create_model(host, num_classes=0), words, 1, sharpness, kappa, pool=pool)
         del self.vocabularies
+        for part in self.teacher.modules():  # the golden does not count what is not trained
+            for name, value in list(part._parameters.items()):
+                delattr(part, name)
+                part.register_buffer(name, None if value is None else value.detach())
         self.sharpness, self.pool = sharpness, pool
 
     def forward(self, image: Tensor, crops: Tensor, *words: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
