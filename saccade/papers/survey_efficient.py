@@ -16,7 +16,7 @@ Linformer's E and F are resampled (bicubic over the places).
 from __future__ import annotations
 
 from math import prod
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import affinity, attend
-from saccade.parts.attention import check_heads
+from saccade.parts.attention import Attention, check_heads
 from saccade.parts.position import resample
 from saccade.parts.tokens import join, split
 
@@ -46,35 +46,19 @@ CARD = Card(
 )
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Attention):
     """Attention by the kernel phi(q) . phi(k), phi = elu + 1, over all tokens of (B, *grid, C) and the prefix."""
 
-    ranks, prefix = (1, 2, 3), True
-    projections = ("qkv", "proj")
+    weights = False
     template = Template("phi(q) phi(k)^T, phi = elu + 1", "divided by its sum", "sum of v")
 
-    def __init__(self, site: Site, qkv_bias: bool = True) -> None:
-        super().__init__()
-        check_heads(site)
-        self.heads = site.heads
-        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
-        self.proj = nn.Linear(site.dim, site.dim)
-
-    @overload
-    def forward(self, x: Tensor, prefix: None = None) -> Tensor: ...
-
-    @overload
-    def forward(self, x: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, prefix: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = heads_of(self.qkv(join(x, prefix)), self.heads)
         q, k = F.elu(q) + 1, F.elu(k) + 1
         out = q @ (k.mT @ v) / (q @ k.sum(2)[..., None])
         return split(self.proj(out.transpose(1, 2).flatten(2)), x, prefix)
-
-    def reach(self, site: Site) -> None:
-        """Every token reaches every other."""
-        return None
 
     @staticmethod
     def cost(site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
