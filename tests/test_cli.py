@@ -34,27 +34,34 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Two classes that differ in brightness, twelve pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
+def two_classes(root: Path, count: int, bright: str) -> Path:
+    """Two classes that differ in brightness, "dark" and `bright`, so many pictures each."""
     random = np.random.default_rng(0)
-    for label, level in (("dark", 60), ("bright ☀", 190)):
+    for label, level in (("dark", 60), (bright, 190)):
         (root / label).mkdir()
-        for number in range(12):
+        for number in range(count):
             pixels = random.normal(level, 20, (20, 24, 3)).clip(0, 255).astype("uint8")
             Image.fromarray(pixels).save(root / label / f"{number}.png")
     return root
 
 
-@pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "run"
-    sys.argv = ["saccade", "train", str(pictures), "--model", "convnext_nano", "--out", str(out), "--epochs", "2",
-                "--img-size", "16", "--batch-size", "6"]
+def completed(*arguments: object) -> None:
+    """`saccade ARGUMENTS`, two epochs on small squares, ends well."""
+    sys.argv = ["saccade", *map(str, arguments), "--epochs", "2", "--img-size", "16", "--batch-size", "6"]
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return two_classes(tmp_path_factory.mktemp("pictures"), 12, "bright ☀")
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    completed("train", pictures, "--model", "convnext_nano", "--out", out)
     return out
 
 

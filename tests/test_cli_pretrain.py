@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from saccade.cli import main
 from saccade.tools.contestants import pretrained_contestants
-from tests.test_cli import run
+from tests.test_cli import completed, run, two_classes
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Two classes that differ in brightness, ten pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for label, level in (("dark", 60), ("bright", 190)):
-        (root / label).mkdir()
-        for number in range(10):
-            pixels = random.normal(level, 20, (20, 24, 3)).clip(0, 255).astype("uint8")
-            Image.fromarray(pixels).save(root / label / f"{number}.png")
-    return root
+    return two_classes(tmp_path_factory.mktemp("pictures"), 10, "bright")
 
 
 @pytest.fixture(scope="module")
 def pretrained(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    sys.argv = ["saccade", "pretrain", str(pictures), "--method", "rotnet", "--model", "deit_nano", "--out", str(out),
-                "--epochs", "2", "--img-size", "16", "--batch-size", "6"]
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
+    completed("pretrain", pictures, "--method", "rotnet", "--model", "deit_nano", "--out", out)
     return out
 
 

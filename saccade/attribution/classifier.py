@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.evaluation import evaluation
 from saccade.parts.scores import chosen
 
 # Leaves whose outputs are tokens or maps in shape alone: parts of a projection, or attention weights.
@@ -21,14 +22,8 @@ MOST_PREFIX_TOKENS = 16
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients, every module's training flag as it was afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with evaluation(model), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from saccade.attribution.classifier import evaluating
 from saccade.core.errors import SaccadeError
 from saccade.ops.blur import gaussian_blur
 
@@ -38,18 +39,12 @@ def sensitivity(
         raise SaccadeError(f"image has the shape {tuple(image.shape)}: give one picture, (channels, height, width)")
     if samples < 1:
         raise SaccadeError(f"samples is {samples}: give 1 or more")
-    flags = [(module, module.training) for module in model.modules()]
     generator = torch.Generator().manual_seed(seed)
     jitter = torch.randn(samples, *image.shape, generator=generator)
-    try:
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            deviation = noise * (image.max() - image.min())
-            copies = (image.detach().clone() + deviation * jitter.to(image)).requires_grad_()
-            slopes = _slopes(model(copies), copies, target)
-    finally:
-        for module, flag in flags:
-            module.training = flag
+    with evaluating(model):
+        deviation = noise * (image.max() - image.min())
+        copies = (image.detach().clone() + deviation * jitter.to(image)).requires_grad_()
+        slopes = _slopes(model(copies), copies, target)
     heat = _blur(slopes.abs().sum(dim=1).mean(dim=0))
     peak = heat.max()
     return heat / peak if peak > 0 else heat

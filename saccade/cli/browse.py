@@ -94,7 +94,7 @@ def info(
 def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     import torch
 
-    from saccade.core.build import accepted
+    from saccade.core.build import accepted, native_size
     from saccade.core.features import FeatureInfo
     from saccade.core.load import key_maps
     from saccade.tools.measure import count_macs
@@ -105,7 +105,7 @@ def _model_facts(name: str, card: dict[str, Any], size: int) -> dict[str, Any]:
     maps = FeatureInfo()
     if is_backbone(name):
         maps = saccade.create_model(name, features_only=True, **options).feature_info
-    native = size or settings.get("img_size", 224)
+    native = size or native_size(name)
     sides = (native, native) if isinstance(native, int) else tuple(native)
     macs = count_macs(model, (torch.zeros(1, settings.get("in_chans", 3), *sides),))
     return {

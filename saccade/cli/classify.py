@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, print_json
+from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, listed, print_json
 
 
 @app.command()
@@ -41,13 +41,9 @@ def compare(
 
     if models is None:
         models = "" if checkpoint else "swin_nano,convnext_nano,nat_nano,biformer_nano,deit_nano"
-    run(Contest(data=data, models=_names(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
-                mixers=_names(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply),
-                checkpoint=_names(checkpoint)))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    run(Contest(data=data, models=listed(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
+                mixers=listed(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply),
+                checkpoint=listed(checkpoint)))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import app
+from saccade.cli.shared import app, listed
 
 
 @app.command()
@@ -32,7 +32,7 @@ def explain(
 
     watch = Watch(Console(stderr=True))
     question = Question(pictures, model, checkpoint, pretrained,
-                        tuple(name.strip() for name in method.split(",") if name.strip()), target, apply,
+                        listed(method), target, apply,
                         f"saccade {shlex.join(sys.argv[1:])}")
     with watch.bar("explaining", 1) as bar:
         def show(text: str, done: int, total: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, print_json, table
+from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, listed, print_json, table
 
 
 @app.command()
@@ -73,9 +73,8 @@ def probe(
     """How well simple classifiers do on the frozen features of a model."""
     from saccade.learn import pretrained
 
-    poolings = [name.strip() for name in pooling.split(",") if name.strip()]
     opened = pretrained.open_pretrained(checkpoint, model, img_size)
-    found = pretrained.probed(data, opened, poolings, epochs=epochs, seed=seed, strict=strict)
+    found = pretrained.probed(data, opened, listed(pooling), epochs=epochs, seed=seed, strict=strict)
     if as_json:
         print_json(found)
         return

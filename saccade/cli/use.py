@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import saccade
-from saccade.cli.shared import Json, app, console, print_json, table
+from saccade.cli.shared import Json, app, console, listed, print_json, table
 from saccade.core.errors import SaccadeError
 
 
@@ -73,7 +73,7 @@ def export(
         run = open_run(Path(what))
         model, side = run.model, size or run.img_size
     else:
-        from saccade.tools.classifiers import native_size
+        from saccade.core.build import native_size
 
         model = saccade.create_model(what, checkpoint_path=checkpoint)
         side = size or native_size(what)
@@ -129,11 +129,10 @@ def _bench_mixers(
 ) -> None:
     from saccade.tools import lengths as tool
 
-    names = [name.strip() for name in mixers.split(",") if name.strip()]
     with watch.bar("measuring", 1) as bar:
         def show(text: str, done: int, total: int) -> None:
             bar.at(done / total, text)
-        rows = tool.lengths(names, tokens, threads=threads, rounds=rounds, progress=show)
+        rows = tool.lengths(listed(mixers), tokens, threads=threads, rounds=rounds, progress=show)
     if out is not None:
         tool.plot(rows, out)
     if as_json:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from saccade.core.errors import SaccadeError
-from saccade.core.index import method
-from saccade.core.names import closest
+from saccade.core.index import method, method_with
 from saccade.core.swap import Handle
 
 KIND = "token reduction"
@@ -24,12 +22,8 @@ def apply(model: nn.Module, name: str, **options: Any) -> Handle:
     the very same modules back. Raises SaccadeError for an unknown method or option, and for a host that the method
     does not understand.
     """
-    function = method(name, KIND)
-    known = [key for key in inspect.signature(function).parameters if key != "model"]
-    for key in options:
-        if key not in known:
-            raise SaccadeError(f"method {name!r} has no option {key!r}{closest(key, known) or f'; it has {known}'}")
-    return function(model, **options)
+    handle: Handle = method_with(name, KIND, options)(model, **options)
+    return handle
 
 
 def parse_method(text: str, kind: str = KIND) -> tuple[str, dict[str, Any]]:

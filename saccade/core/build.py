@@ -144,6 +144,11 @@ def _resolve(spec: MixerSpec, options: dict[str, Any]) -> Any:
     return [mixer_factory(one) if isinstance(one, str) else one for one in spec]
 
 
+def native_size(name: str) -> Any:
+    """The image size that a registered model is made for, in pixels: one side of a square, or all sides."""
+    return paper_module(model_paper(name)).SIZES[resolve_model(name)].get("img_size", 224)
+
+
 def accepted(name: str) -> set[str]:
     """The options that a registered model takes."""
     module = paper_module(model_paper(name))

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from importlib import import_module, resources
 from types import ModuleType
@@ -68,6 +70,16 @@ def method(name: str, kind: str) -> Any:
         raise SaccadeError(f"there is no {kind} method {name!r}{closest(name, names)}; there are {', '.join(names)}")
     module = paper_module(names[name])
     return getattr(module, module.CARD.methods[name])
+
+
+def method_with(name: str, kind: str, options: Collection[str]) -> Any:
+    """The function of a method, which takes a model and these options; SaccadeError for an option that it has not."""
+    function = method(name, kind)
+    known = [key for key in inspect.signature(function).parameters if key != "model"]
+    for key in options:
+        if key not in known:
+            raise SaccadeError(f"method {name!r} has no option {key!r}{closest(key, known) or f'; it has {known}'}")
+    return function
 
 
 def list_models(pattern: str = "*") -> list[str]:

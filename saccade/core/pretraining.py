@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
-from saccade.core.index import method
-from saccade.core.names import closest
+from saccade.core.index import method_with
 
 KIND = "pretraining"
 
@@ -38,12 +36,7 @@ def pretraining(model: nn.Module, name: str, **options: Any) -> nn.Module:
 
     Raises SaccadeError for an unknown method or option, and for a model that the method cannot train.
     """
-    make = method(name, KIND)
-    known = [key for key in inspect.signature(make).parameters if key != "model"]
-    for key in options:
-        if key not in known:
-            raise SaccadeError(f"method {name!r} has no option {key!r}{closest(key, known) or f'; it has {known}'}")
-    objective: nn.Module = make(model, **options)
+    objective: nn.Module = method_with(name, KIND, options)(model, **options)
     return objective
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
 from saccade.core.pretraining import Objective
+from saccade.learn.average import follow
 from saccade.learn.data import Split
 from saccade.learn.features import features, spread
 from saccade.learn.loop import BaseRecipe, Machines, Outcome, Progress, Task, run
@@ -132,7 +133,4 @@ class _Network(nn.Module):
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(share)  # type: ignore[operator]
         if self.average is not None:
-            for ours, theirs in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                ours.lerp_(theirs, 1 - self.share)
-            for kept, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                kept.copy_(buffer)
+            follow(self.average, self.model, self.share)

@@ -21,10 +21,10 @@ from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.load import load
 from saccade.learn.data import ImageSet, Split, open_images
-from saccade.learn.loop import Machines, first_process
+from saccade.learn.loop import Machines, Progress, first_process
 from saccade.learn.pictures import read_image
 from saccade.learn.score import metrics
-from saccade.learn.train import Progress, Recipe, fit, predict_logits
+from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.learn.transforms import evaluation_transform, normalise
 
 CARD, WEIGHTS = "model.json", "weights.safetensors"

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 torchmetrics = optional("torchmetrics", extra="train")
 
-__all__ = ["Fitted", "Machines", "Progress", "Recipe", "fit", "outputs", "predict_logits"]
-
-Fitted = Outcome
-
 
 @dataclass(frozen=True)
 class Recipe(BaseRecipe):
@@ -43,7 +39,7 @@ def fit(
     *,
     machines: Machines | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Fitted:
+) -> Outcome:
     """Train `make_model()` (fresh or with loaded weights) on images.train; go on where an earlier call was stopped.
 
     The folder receives recipe.json, last.ckpt (while training), then weights.safetensors and curves.json; a finished

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
+from saccade.core.evaluation import evaluation
 from saccade.core.features import Backbone
 from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.ops.pooling import adaptive_mean
@@ -257,12 +258,10 @@ def meeting_widths(host: Pyramid, rank: int) -> list[int]:
     stages: Any = host.stages
     handles = [stage.downsample.register_forward_hook(lambda *call: found.append(call[2].shape[-1]))
                for stage in stages]
-    training = host.training
     try:
-        with torch.no_grad():  # in evaluation mode, else batch norms would count the zeros
-            host.eval()(torch.zeros(1, host.in_chans, *(64,) * rank))
+        with evaluation(host), torch.no_grad():  # else batch norms would count the zeros
+            host(torch.zeros(1, host.in_chans, *(64,) * rank))
     finally:
-        host.train(training)
         for handle in handles:
             handle.remove()
     return found

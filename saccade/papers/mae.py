@@ -19,10 +19,11 @@ from saccade.parts.masking import PatchDecoder, Visible
 from saccade.parts.pixels import (
     check_ratio,
     denormalised,
+    hidden_patches,
     image_of,
     normalised,
     patches_of,
-    random_mask,
+    seen_numbers,
     whole_patches,
 )
 
@@ -57,13 +58,12 @@ class MaskedAutoencoder(nn.Module):
 
     def draw(self, image: Tensor) -> Tensor:
         """Which patches are hidden, (B, N) bool: as many in each image."""
-        grid = whole_patches("mae", image, self.patch)
-        return random_mask(len(image), grid[0] * grid[1], self.ratio, image.device)
+        return hidden_patches("mae", image, self.patch, self.ratio).flatten(1)
 
     def guess(self, image: Tensor, hidden: Tensor) -> Tensor:
         """The pixels of all patches (B, N, C p p), normalised, from those that are not `hidden` (B, N)."""
         grid = whole_patches("mae", image, self.patch)
-        seen = (~hidden).nonzero()[:, 1].view(len(image), -1)
+        seen = seen_numbers(hidden)
         return self.pixels(self.decoder(self.visible(image, seen), seen, grid))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

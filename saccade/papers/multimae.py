@@ -32,7 +32,7 @@ from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.head import Pooling
 from saccade.parts.host import gathered
 from saccade.parts.mlp import Mlp
-from saccade.parts.pixels import image_of, normalised, patches_of, whole_patches
+from saccade.parts.pixels import check_ratio, image_of, normalised, patches_of, whole_patches
 from saccade.parts.plain import DEIT_SIZES, Plain
 from saccade.parts.position import resample, sincos
 from saccade.parts.stem import PatchEmbed
@@ -206,10 +206,9 @@ class MultiMAE(nn.Module):
         if not isinstance(model, MultiViT):
             raise SaccadeError("multimae trains a model of several modalities, such as multivit_base, and "
                                f"{type(model).__name__} is none")
-        if not 0 < ratio < 1 or alpha <= 0:
-            raise SaccadeError(f"multimae: ratio={ratio}, alpha={alpha}; give a share between 0 and 1, and an alpha "
-                               "above 0")
-        self.model, self.ratio, self.alpha = model, ratio, alpha
+        if alpha <= 0:
+            raise SaccadeError(f"multimae: alpha={alpha}; give one above 0")
+        self.model, self.ratio, self.alpha = model, check_ratio("multimae", ratio), alpha
         sizes = {"rgb": model.in_chans * model.patch**2, "depth": model.patch**2,
                  "semseg": CLASSES * (model.patch // SHRINK) ** 2}
         self.answers = nn.ModuleDict({

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.parts.masking import Covered, spread
-from saccade.parts.pixels import check_ratio, image_of, random_mask, whole_patches
+from saccade.parts.pixels import check_ratio, hidden_patches, image_of
 
 CARD = Card(
     "SimMIM: A Simple Framework for Masked Image Modeling",
@@ -56,8 +56,7 @@ class SimMIM(nn.Module):
 
     def draw(self, image: Tensor) -> Tensor:
         """Which squares are hidden, (B, *size / patch) bool: as many in each image."""
-        grid = whole_patches("simmim", image, self.patch)
-        return random_mask(len(image), torch.Size(grid).numel(), self.ratio, image.device).unflatten(1, grid)
+        return hidden_patches("simmim", image, self.patch, self.ratio)
 
     def guess(self, image: Tensor, hidden: Tensor) -> Tensor:
         """A picture (B, C, *size) of guessed pixels, of what is not hidden."""

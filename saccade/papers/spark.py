@@ -26,19 +26,12 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
+from saccade.core.evaluation import evaluation
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.parts.convolution import GRID_CONVOLUTIONS, AveragePool
 from saccade.parts.masking import maps_of, pyramid_of, spread
 from saccade.parts.norm import BatchNorm, GlobalResponse
-from saccade.parts.pixels import (
-    check_ratio,
-    denormalised,
-    image_of,
-    normalised,
-    patches_of,
-    random_mask,
-    whole_patches,
-)
+from saccade.parts.pixels import check_ratio, denormalised, hidden_patches, image_of, normalised, patches_of
 
 CARD = Card(
     "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling",
@@ -191,17 +184,13 @@ class SparK(nn.Module):
 
     @torch.no_grad()
     def _check_no_leak(self) -> None:
-        flags = [(module, module.training) for module in self.model.modules()]
         like = next(self.model.parameters())
         image = torch.ones(1, self.in_chans, 3 * self.stride, 3 * self.stride, dtype=like.dtype, device=like.device)
         active = torch.zeros(1, 3, 3, dtype=torch.bool, device=like.device)
         active[:, 0, 0] = active[:, 1, 2] = True
-        self.model.eval()
-        with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-            with sparse(self.model, active, noise=3.0):
-                first, second = (maps_of(self.model, image) for _ in range(2))
-        for module, flag in flags:
-            module.training = flag
+        random = torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+        with evaluation(self.model), random, sparse(self.model, active, noise=3.0):
+            first, second = (maps_of(self.model, image) for _ in range(2))
         for one, other in zip(first, second, strict=True):
             seen = spread(active, tuple(one.shape[2:]))[:, None]
             if not torch.allclose(one * seen, other * seen, rtol=1e-3, atol=1e-4):
@@ -233,8 +222,7 @@ class SparK(nn.Module):
 
     def draw(self, image: Tensor) -> Tensor:
         """Which patches are seen, (B, H / stride, W / stride) bool: as many in each picture."""
-        grid = whole_patches("spark", image, self.stride)
-        return ~random_mask(len(image), grid[0] * grid[1], self.ratio, image.device).unflatten(1, grid)
+        return ~hidden_patches("spark", image, self.stride, self.ratio)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         active = self.draw(image)

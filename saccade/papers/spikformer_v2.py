@@ -38,7 +38,7 @@ from saccade.parts.attention import Attention, check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import grid_conv
 from saccade.parts.norm import BatchNorm
-from saccade.parts.pixels import check_ratio, image_of, normalised, patches_of, random_mask
+from saccade.parts.pixels import check_ratio, image_of, normalised, patches_of, random_mask, seen_numbers
 from saccade.parts.plain import Plain, TokenBlock
 from saccade.parts.stem import pad_image
 from saccade.parts.tokens import global_tokens
@@ -308,7 +308,7 @@ class MaskedSpikes(nn.Module):
             mask = random_mask(target.shape[0], target.shape[1], self.ratio, image.device)
         blank = image_of((~mask[..., None]).to(image.dtype).expand_as(target), self.patch, self.model.grid)
         x = self.model.stem(image * blank).flatten(1, -2)
-        left = (~mask).nonzero()[:, 1].view(image.shape[0], -1)  # (B, M) numbers of the patches that are seen
+        left = seen_numbers(mask)
         places = left.repeat(self.model.steps, 1)[..., None]
         tokens = x.gather(1, places.expand(-1, -1, x.shape[-1]))
         for block in self.model.blocks:

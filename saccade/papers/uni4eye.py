@@ -26,7 +26,7 @@ from saccade.core.keymap import KeyMap
 from saccade.parts.attention import Attention
 from saccade.parts.convolution import CONVOLUTIONS
 from saccade.parts.masking import PatchDecoder, Visible
-from saccade.parts.pixels import check_ratio, image_of, patches_of, random_mask, whole_patches
+from saccade.parts.pixels import check_ratio, hidden_patches, image_of, patches_of, seen_numbers, whole_patches
 from saccade.parts.plain import DEIT, DEIT_SIZES, Plain
 from saccade.parts.position import sincos
 from saccade.parts.stem import pad_image
@@ -121,8 +121,7 @@ class Uni4Eye(nn.Module):
 
     def draw(self, image: Tensor) -> Tensor:
         """Which patches are hidden, (B, N) bool: as many in each image."""
-        grid = whole_patches("uni4eye", image, self.patch)
-        return random_mask(len(image), torch.Size(grid).numel(), self.ratio, image.device)
+        return hidden_patches("uni4eye", image, self.patch, self.ratio).flatten(1)
 
     def guesses(self, image: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Of the image and of its gradient map, (B, N, C p^n), from what is not hidden."""
@@ -131,7 +130,7 @@ class Uni4Eye(nn.Module):
             raise SaccadeError(f"uni4eye: this host takes no {'volumes' if rank == 3 else 'pictures'}; "
                                "uni4eye_vit_base_patch16 takes both")
         grid = whole_patches("uni4eye", image, self.patch)
-        seen = (~hidden).nonzero()[:, 1].view(len(image), -1)
+        seen = seen_numbers(hidden)
         tokens = self.visible(image, seen)
         return {what: self.pixels[f"{what}{rank}"](decoder(tokens, seen, grid))
                 for what, decoder in self.decoders.items()}

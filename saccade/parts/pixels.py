@@ -52,6 +52,17 @@ def random_mask(batch: int, tokens: int, ratio: float, device: torch.device) -> 
     return order < max(1, round(ratio * tokens))
 
 
+def hidden_patches(method: str, image: Tensor, patch: int, ratio: float) -> Tensor:
+    """(B, *grid) bool: `random_mask` over the whole patches of images (B, C, *size)."""
+    grid = whole_patches(method, image, patch)
+    return random_mask(len(image), torch.Size(grid).numel(), ratio, image.device).unflatten(1, grid)
+
+
+def seen_numbers(hidden: Tensor) -> Tensor:
+    """(B, M): the numbers of the patches that are not `hidden` (B, N), as many in each image."""
+    return (~hidden).nonzero()[:, 1].view(len(hidden), -1)
+
+
 def check_ratio(method: str, ratio: float) -> float:
     """The share of patches to hide; raises where it leaves none, or hides none."""
     if not 0 < ratio < 1:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saccade.core.build import create_model
+from saccade.core.build import create_model, native_size
 from saccade.core.checkpoint import read_checkpoint
 from saccade.core.errors import SaccadeError
-from saccade.core.index import model_paper, paper_module, resolve_model
+from saccade.core.index import resolve_model
 from saccade.core.names import closest
 from saccade.core.optional import optional
 from saccade.learn.runs import CARD, open_run
@@ -110,11 +110,6 @@ def _classes_in(name: str, checkpoint: Path | None) -> dict[str, Any]:
     counts = {len(state[key]) for key, value in own.items() if key.startswith("head") and key in state
               and value.shape[1:] == state[key].shape[1:] and value.shape != state[key].shape}
     return {"num_classes": counts.pop()} if len(counts) == 1 else {}
-
-
-def native_size(name: str) -> Any:
-    """The image size that a registered model is made for, pixels."""
-    return paper_module(model_paper(name)).SIZES[resolve_model(name)].get("img_size", 224)
 
 
 def _timm(name: str, checkpoint: Path | None, pretrained: bool) -> Classifier:

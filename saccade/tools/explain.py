@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import saccade
 from saccade.attribution.explanation import METHODS, explain, list_explainers
 from saccade.attribution.maps import SCALE, as_data_uri
 from saccade.attribution.trust import deletion, insertion, rank_correlation, shuffled
-from saccade.core.apply import apply
+from saccade.core.apply import apply, parse_method
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.index import method as declared
@@ -122,14 +121,16 @@ def chosen_methods(names: Sequence[str]) -> list[str]:
 
 
 def parsed_method(text: str) -> tuple[str, dict[str, Any]]:
-    """evit:keep=0.7,layers=(3,6) as ("evit", {"keep": 0.7, "layers": (3, 6)})."""
-    name, _, options = text.partition(":")
+    """evit:keep=0.7,layers=(3,6) as ("evit", {"keep": 0.7, "layers": (3, 6)}); none of these methods takes a word."""
     try:
-        call = ast.parse(f"f({options})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
-        raise SaccadeError(f"--apply {text}: give METHOD or METHOD:OPTION=VALUE,..., as in evit:keep=0.7") from error
+        name, options = parse_method(text)
+        for key, value in options.items():
+            if isinstance(value, str):
+                raise SaccadeError(f"{key}={value} is no number, truth value or list")
+    except SaccadeError as error:
+        raise SaccadeError(f"--apply {text}: give METHOD or METHOD:OPTION=VALUE,..., as in evit:keep=0.7 "
+                           f"({error})") from error
+    return name, options
 
 
 def _classes(classifier: Classifier, image: Tensor, asked: int | None) -> dict[str, Any]:

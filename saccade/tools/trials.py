@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet
+from saccade.learn.loop import Progress
 from saccade.learn.probe import extract, probe, reference_predictions
 from saccade.learn.runs import CARD
-from saccade.learn.train import Progress, Recipe, fit, predict_logits
+from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.tools.contestants import Contestant
 
 RATES = {"scratch": (3e-4, 1e-3, 3e-3), "finetune": (3e-5, 1e-4, 3e-4)}

@@ -18,7 +18,8 @@ from torch import nn
 
 from saccade.core.errors import SaccadeError
 from saccade.learn import loop, transforms
-from saccade.learn.train import Progress, Recipe, fit, predict_logits
+from saccade.learn.loop import Progress
+from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.learn.transforms import Squares, evaluation_transform, normalise, training_transform
 
 

@@ -12,6 +12,7 @@ from saccade.papers.mae import MaskedAutoencoder
 from saccade.parts.masking import Visible
 from saccade.parts.pixels import normalised, patches_of
 from saccade.parts.position import sincos
+from tests.papers.learning import losses, ramps
 
 
 def small(model, **options):
@@ -75,17 +76,9 @@ def test_timms_host():
 def test_guessing_is_learnt():
     torch.manual_seed(0)
     method = small(create_model("deit_nano"))
-    ramp = torch.linspace(-1, 1, 32)
-    images = torch.stack([(ramp[:, None] * a + ramp * b)[None].expand(3, -1, -1) for a, b in torch.randn(16, 2)])
-    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = method(images)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    images = ramps(16)
+    found = losses(method, images, 40)
+    assert found[-1] < 0.5 * found[0]
 
 
 def test_bad_input():

@@ -8,6 +8,7 @@ import torch
 from saccade import SaccadeError, create_model
 from saccade.papers.simmim import SimMIM
 from saccade.parts.masking import spread
+from tests.papers.learning import losses, ramps
 
 HOSTS = ("deit_nano", "swin_nano", "convnext_nano", "biformer_nano", "nat_nano", "timm vit", "timm swin")
 
@@ -46,17 +47,9 @@ def test_what_is_hidden_is_not_seen_and_the_loss_reaches_the_host(name):
 def test_guessing_is_learnt():
     torch.manual_seed(0)
     method = SimMIM(create_model("swin_nano"))
-    ramp = torch.linspace(-1, 1, 32)
-    images = torch.stack([(ramp[:, None] * a + ramp * b)[None].expand(3, -1, -1) for a, b in torch.randn(16, 2)])
-    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = method(images)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    images = ramps(16)
+    found = losses(method, images, 40)
+    assert found[-1] < 0.5 * found[0]
     assert method.reconstruct(images).shape == images.shape
 
 

@@ -8,6 +8,7 @@ import torch
 from saccade import SaccadeError, create_model
 from saccade.papers.spark import SparK
 from saccade.parts.masking import spread
+from tests.papers.learning import losses, ramps
 
 
 @pytest.mark.parametrize("name", ["convnext_nano", "resnet_nano", "inceptionnext_nano", "poolformer_nano"])
@@ -73,17 +74,9 @@ def test_hosts_that_see_what_is_hidden(name, message):
 def test_guessing_is_learnt():
     torch.manual_seed(0)
     method = SparK(create_model("convnext_nano"), width=32).train()
-    ramp = torch.linspace(-1, 1, 32)
-    images = torch.stack([(ramp[:, None] * a + ramp * b)[None].expand(3, -1, -1) for a, b in torch.randn(16, 2)])
-    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = method(images)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    images = ramps(16)
+    found = losses(method, images, 30)
+    assert found[-1] < 0.5 * found[0]
     painted = method.eval().reconstruct(images)
     assert painted.shape == images.shape and (painted == images).float().mean() > 0.3
 

@@ -8,6 +8,7 @@ import torch
 from saccade import SaccadeError, create_model
 from saccade.papers.uni4eye import Uni4Eye, gradient_map
 from saccade.parts.pixels import image_of, patches_of
+from tests.papers.learning import ramps
 
 
 def small(model=None, **options):
@@ -61,8 +62,7 @@ def test_hidden_patches_are_not_seen_and_the_loss_is_of_them():
 def test_both_are_learnt_in_turns():
     torch.manual_seed(0)
     method = small()
-    ramp = torch.linspace(-1, 1, 16)
-    pictures = torch.stack([(ramp[:, None] * a + ramp * b).expand(3, 16, 16) for a, b in torch.randn(8, 2)])
+    pictures, ramp = ramps(8, 16), torch.linspace(-1, 1, 16)
     volumes = torch.stack([(ramp[:, None, None] * a + ramp[:, None] * b).expand(3, 16, 16, 8)
                            for a, b in torch.randn(8, 2)])
     optimizer = torch.optim.AdamW(method.parameters(), 3e-3)

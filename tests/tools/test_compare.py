@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from saccade.core.errors import SaccadeError
 from saccade.learn import runs, train
 from saccade.learn.data import open_images
+from saccade.learn.loop import Outcome
 from saccade.tools import compare as room
 from saccade.tools import standings, trials
 from saccade.tools.compare import Contest, compare, seconds
@@ -307,12 +308,12 @@ def test_the_learning_rate_is_the_best_on_validation_and_is_kept(
         place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, int, int]] = []
 
-    def fit(make: Any, images: Any, recipe: train.Recipe, folder: Path, **_: Any) -> train.Fitted:
+    def fit(make: Any, images: Any, recipe: train.Recipe, folder: Path, **_: Any) -> Outcome:
         asked.append((recipe.learning_rate, recipe.epochs, recipe.seed))
         if recipe.learning_rate == 3e-3:
             raise SaccadeError("loss became nan")
         loss = {3e-4: 0.5, 1e-3: 0.4}[recipe.learning_rate]
-        return train.Fitted(torch.nn.Identity(), {"val_accuracy": [0.9, 0.6], "val_loss": [0.1, loss]}, 1.0)
+        return Outcome(torch.nn.Identity(), {"val_accuracy": [0.9, 0.6], "val_loss": [0.1, loss]}, 1.0)
 
     monkeypatch.setattr(trials, "fit", fit)
     arena, entrant = _arena(place, tmp_path), Contestant("one", "model")

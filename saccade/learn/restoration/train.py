@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from saccade.core.errors import SaccadeError
 from saccade.core.files import fill_whole, write_whole
+from saccade.learn.average import follow
 from saccade.learn.reproducible import claim, describe, reproducible, seed_of, tensors
 from saccade.learn.restoration.losses import weighted
 from saccade.learn.restoration.patches import Patches
@@ -149,20 +150,12 @@ class _Run:
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
             self.optimizer.step()
-            self._follow(min(self.recipe.average, (1 + step) / (10 + step)))
+            follow(self.average, self.model, min(self.recipe.average, (1 + step) / (10 + step)))
             self.losses.append(value)
             if progress is not None:
                 progress(Step(step + 1, self.recipe.steps, value))
             if (step + 1) % keep_every == 0:
                 self.keep()
-
-    @torch.no_grad()
-    def _follow(self, share: float) -> None:
-        """average = share average + (1 - share) model."""
-        for ours, theirs in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            ours.lerp_(theirs, 1 - share)
-        for kept, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(buffer)
 
 
 def _keys(recipe: Recipe, done: int) -> Iterator[list[Key]]:
