@@ -30,10 +30,20 @@ def attend(
     if not recording():
         if q.is_cuda:
             q, k, v = aligned(q), aligned(k), aligned(v)
+        elif q.shape[-1] != v.shape[-1]:
+            return _as_wide(q, k, v, bias, scale)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         # The fused kernel's output has its heads inside; the form that ONNX gets of it has not, and views would break.
         return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
     return affinity(q, k, bias, where=where, scale=scale) @ v
+
+
+def _as_wide(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """The same with zeros for the channels that one side lacks: the CPU's fused kernel wants values as wide as keys."""
+    scale, width = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    whole = max(q.shape[-1], width)
+    q, k, v = (F.pad(x, (0, whole - x.shape[-1])) for x in (q, k, v))
+    return attend(q, k, v, bias, scale=scale)[..., :width]
 
 
 def aligned(x: Tensor) -> Tensor:

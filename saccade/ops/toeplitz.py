@@ -11,8 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.core.record import Where, recording
+from saccade.ops.attend import attend
 from saccade.ops.spectral import convolve_last
 from saccade.ops.tables import table
+
+WHOLE = 2**20  # entries of a matrix that are computed at once where no gradient is taken: what stays in the cache
+
+
+def attend_at_offsets(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, grid: tuple[int, ...], *, where: Where | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + b[j - i]) v among all N tokens of a grid: `attend` with a bias an offset.
+
+    q, k, v (B, h, N, d), offsets (h, *(2 side - 1)). Evaluated for some queries at a time, so that the N x N bias is
+    never held.
+    """
+    if not in_parts(q, grid):
+        return attend(q, k, v, toeplitz(offsets, grid), where=where, scale=scale)
+    pieces = [attend(q[:, :, queries], k, v, toeplitz(offsets[:, part], grid), scale=scale)
+              for queries, part in by_queries(grid, q.shape[1])]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+
+
+def in_parts(q: Tensor, grid: tuple[int, ...]) -> bool:
+    """Whether queries may be taken some at a time: sizes are known, and nothing watches, compiles or differentiates."""
+    known = all(isinstance(side, int) for side in (*q.shape, *grid))  # sizes that export leaves open cannot choose
+    return known and not (torch.is_grad_enabled() or recording() or torch.compiler.is_compiling())
 
 
 @table
@@ -54,12 +80,14 @@ def pairs(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] + queries - 1
 
 
-def by_queries(grid: tuple[int, ...], step: int) -> Iterator[tuple[slice, slice]]:
-    """Pieces of `step` query rows of a grid's first axis: their tokens, and their part of a table's first axis.
+def by_queries(grid: tuple[int, ...], matrices: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a grid's first axis, as many as keep so many N x N `matrices` within WHOLE entries (one at least).
 
-    `toeplitz(offsets[:, part], grid)` are then the rows of `toeplitz(offsets, grid)` at those tokens.
+    Their tokens, and their part of a table's first axis: `toeplitz(offsets[:, part], grid)` are the rows of
+    `toeplitz(offsets, grid)` at those tokens.
     """
     across = torch.Size(grid[1:]).numel()
+    step = max(1, WHOLE // (matrices * across**2 * grid[0]))
     for first in range(0, grid[0], step):
         last = min(first + step, grid[0])
         yield slice(first * across, last * across), slice(grid[0] - last, 2 * grid[0] - 1 - first)

@@ -33,6 +33,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
+from saccade.ops.toeplitz import attend_at_offsets, toeplitz
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block, SingleBlock
 from saccade.parts.convolution import conv_norm, depthwise, grid_conv
@@ -64,17 +65,6 @@ CARD = Card(
 MERGE = 4  # stride of the convolution that makes cross tokens
 
 
-@table
-def distances(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N, N) row of a table of the grid's shape: how far two tokens lie apart on each axis."""
-    index = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for side in grid:
-        place = torch.arange(side, device=device)
-        apart = (place[:, None] - place).abs()
-        index = (index[:, None, :, None] * side + apart[None, :, None]).flatten(2, 3).flatten(0, 1)
-    return index
-
-
 class CrossAttention(nn.Module):
     """out = proj(softmax(q k^T / sqrt(d) + b) v), keys among all tokens and the cross tokens of `sources` blocks.
 
@@ -102,7 +92,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         grid = tuple(x.shape[1:-1])
         q, k, v = self.qkv(x.flatten(1, -2)).chunk(3, -1)
-        bias = self.among(grid)
+        offsets, bias = self.offsets(grid), None
         if context is not None:
             if not self.sources:
                 raise SaccadeError("cross tokens for an attention of sources=0: build it with their number of blocks")
@@ -112,15 +102,23 @@ class CrossAttention(nn.Module):
             cross = self.cross_norm(context * scale[..., None])
             k_cross, v_cross = F.linear(cross, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, -1)
             k, v = torch.cat([k, k_cross], 1), torch.cat([v, v_cross], 1)
-            bias = torch.cat([bias, cross_bias[:, None].expand(-1, bias.shape[1], -1)], -1)
+            bias = torch.cat([toeplitz(offsets, grid), cross_bias[:, None].expand(-1, q.shape[1], -1)], -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         sources = 0 if context is None else self.sources
-        out = attend(q, k, v, bias, where=lambda: cross_tokens(grid, sources, x.device))
+
+        def where() -> tuple[Tensor, Tensor]:
+            return cross_tokens(grid, sources, x.device)
+
+        out = (attend(q, k, v, bias, where=where) if bias is not None
+               else attend_at_offsets(q, k, v, offsets, grid, where=where))
         return self.proj(out.transpose(1, 2).flatten(2)).unflatten(1, grid)
 
-    def among(self, grid: tuple[int, ...]) -> Tensor:
-        """The bias (heads, N, N) between the tokens of a grid."""
-        return spread(self.bias, 1, self.grid, grid, corners=True)[:, distances(grid, self.bias.device)]
+    def offsets(self, grid: tuple[int, ...]) -> Tensor:
+        """The bias (heads, *(2 side - 1)) an offset between two tokens of a grid: that of how far they lie apart."""
+        bias = spread(self.bias, 1, self.grid, grid, corners=True).unflatten(1, grid)
+        for axis in range(1, bias.ndim):
+            bias = torch.cat([bias.narrow(axis, 1, bias.shape[axis] - 1).flip(axis), bias], axis)
+        return bias
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:
         """A table of a square grid of another side, for this one's."""

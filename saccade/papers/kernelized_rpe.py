@@ -27,11 +27,10 @@ from saccade.core.errors import SaccadeError
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz, toeplitz_product
+from saccade.ops.toeplitz import WHOLE, at_offsets, by_queries, toeplitz, toeplitz_product
 from saccade.parts.attention import check_heads
 from saccade.parts.tokens import global_tokens
 
-WHOLE = 2**20  # numbers that are computed at once: what stays in the cache
 PAIRS = 1500  # times 2^rank, for padding: tokens up to which pairs are faster than transforms (measured on a CPU)
 
 CARD = Card(
@@ -144,11 +143,10 @@ def by_pairs(q: Tensor, k: Tensor, v: Tensor, factor: Tensor, grid: tuple[int, .
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         weights = (q @ k.mT) * toeplitz(factor, grid)
         return weights @ v / weights.sum(-1, keepdim=True)
-    step = max(1, WHOLE * grid[0] // (q.shape[0] * k.shape[-2] ** 2))
     heads = []
     for head in range(q.shape[1]):
         pieces = []
-        for queries, part in by_queries(grid, step):
+        for queries, part in by_queries(grid, q.shape[0]):
             weights = (q[:, head, queries] @ k[:, head].mT).mul_(toeplitz(factor[head:head + 1, part], grid))
             pieces.append((weights @ v[:, head]).div_(weights.sum(-1, keepdim=True)))
         heads.append(torch.cat(pieces, 1))

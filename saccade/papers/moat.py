@@ -29,7 +29,8 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
-from saccade.ops.window import crop, merge, pad_to_multiple, partition, relative_position_index, window_tokens
+from saccade.ops.toeplitz import attend_at_offsets, toeplitz
+from saccade.ops.window import crop, merge, pad_to_multiple, partition, window_tokens
 from saccade.parts.attention import check_heads
 from saccade.parts.block import residual_tail
 from saccade.parts.head import Head
@@ -120,20 +121,20 @@ class MoatAttention(nn.Module):
         if self.table is not None:
             nn.init.normal_(self.table, std=0.02)
 
-    def bias(self, window: tuple[int, ...]) -> Tensor | None:
-        """(heads, N, N) for the N tokens of a window, by query - key."""
+    def offsets(self, window: tuple[int, ...]) -> Tensor | None:
+        """(heads, *(2 side - 1)) by key - query, for the tokens of a window."""
         if self.table is None:
             return None
-        offsets = resample(self.table[None], tuple(2 * side - 1 for side in window), linear=True)
-        return offsets.flatten(0, -2).T[:, relative_position_index(window, offsets.device)]
+        offsets = resample(self.table[None], tuple(2 * side - 1 for side in window), linear=True)[0]
+        return offsets.movedim(-1, 0).flip(tuple(range(1, offsets.ndim)))
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
         if self.window is None:
-            out = self.attend(x.flatten(1, -2), self.bias(grid), lambda: global_tokens(prod(grid), x.device))
-            return out.unflatten(1, grid)
+            return self.among_all(x)
         window, padded = self.window, pad_to_multiple(x, self.window)
-        bias = self.bias(window)
+        offsets = self.offsets(window)
+        bias = None if offsets is None else toeplitz(offsets, window)
         if not (all(isinstance(side, int) for side in grid) and padded.shape == x.shape):
             mask = padded_keys(grid, window, x.dtype, x.device)
             bias = mask if bias is None else bias + mask
@@ -143,12 +144,25 @@ class MoatAttention(nn.Module):
             tokens = window_tokens(grid, window, (0,) * len(grid), x.device)
             return tokens, tokens
 
-        return crop(merge(self.attend(partition(padded, window), bias, where), window, tuple(padded.shape[1:-1])), grid)
+        q, k, v = self.by_heads(partition(padded, window))
+        out = self.proj(attend(q, k, v, bias, where=where).transpose(1, 2).flatten(2))
+        return crop(merge(out, window, tuple(padded.shape[1:-1])), grid)
 
-    def attend(self, groups: Tensor, bias: Tensor | None, where: Any) -> Tensor:
-        """Attention among the tokens of each group (B x G, N, C)."""
-        q, k, v = self.qkv(groups).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v, bias, where=where).transpose(1, 2).flatten(2))
+    def among_all(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:-1])
+        q, k, v = self.by_heads(x.flatten(1, -2))
+        offsets = self.offsets(grid)
+
+        def where() -> tuple[Tensor, Tensor]:
+            return global_tokens(prod(grid), x.device)
+
+        out = (attend(q, k, v, where=where) if offsets is None
+               else attend_at_offsets(q, k, v, offsets, grid, where=where))
+        return self.proj(out.transpose(1, 2).flatten(2)).unflatten(1, grid)
+
+    def by_heads(self, groups: Tensor) -> Tensor:
+        """q, k, v (3, B x G, heads, N, d) of the tokens of each group (B x G, N, C)."""
+        return self.qkv(groups).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:
         """The table of another size, resampled to this one's."""

@@ -29,9 +29,9 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend
 from saccade.ops.neighborhood import neighborhood_attention
-from saccade.ops.window import crop, pad_end, relative_position_index
+from saccade.ops.toeplitz import attend_at_offsets
+from saccade.ops.window import crop, pad_end
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import CONVOLUTIONS, grid_conv
@@ -170,8 +170,8 @@ class RelativeAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
         q, k, v = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = at_grid(self.bias, grid).flatten(1)[:, relative_position_index(grid, x.device).T]  # (heads, N, N)
-        out = attend(q, k, v, bias, where=lambda: global_tokens(q.shape[-2], x.device))
+        out = attend_at_offsets(q, k, v, at_grid(self.bias, grid), grid,
+                                where=lambda: global_tokens(q.shape[-2], x.device))
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def resize(self, parameter: str, value: Tensor) -> Tensor:

@@ -24,17 +24,14 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
-from saccade.core.record import recording
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import affinity
 from saccade.ops.tables import table
-from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz
+from saccade.ops.toeplitz import at_offsets, by_queries, in_parts, toeplitz
 from saccade.parts.attention import check_heads
 from saccade.parts.mlp import Mlp
 from saccade.parts.tokens import global_tokens
-
-WHOLE = 2**20  # weights that are computed at once where no gradient is taken: what stays in the cache
 
 CARD = Card(
     "Your Transformer May Not be as Powerful as You Expect",
@@ -116,8 +113,7 @@ class UniversalAttention(nn.Module):
         """(B, *grid, C) -> the same; bias and factor (heads, *(2 side - 1)), valid (B, *grid) where tokens are."""
         grid = tuple(x.shape[1:-1])
         q, k, v = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        free = not all(isinstance(side, int) for side in x.shape)  # sizes that export leaves open cannot choose
-        if free or valid is not None or torch.is_grad_enabled() or recording() or torch.compiler.is_compiling():
+        if valid is not None or not in_parts(q, grid):
             inside, after = toeplitz(bias, grid), toeplitz(factor, grid)
             if valid is not None:
                 keep = valid.flatten(1)[:, None, None]
@@ -163,11 +159,10 @@ class UniversalRelative(UniversalAttention):
 
 def in_pieces(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, factor: Tensor, grid: tuple[int, ...]) -> Tensor:
     """(softmax(q k^T + b) c) v of (B, heads, N, d), some queries at a time, so that their weights stay in the cache."""
-    step = max(1, WHOLE * grid[0] // (q.shape[0] * k.shape[-2] ** 2))
     heads = []
     for head in range(q.shape[1]):
         pieces = []
-        for queries, part in by_queries(grid, step):
+        for queries, part in by_queries(grid, q.shape[0]):
             inside, after = (toeplitz(offsets[head:head + 1, part], grid) for offsets in (bias, factor))
             weights = torch.baddbmm(inside, q[:, head, queries], k[:, head].mT).softmax(-1).mul_(after)
             pieces.append(weights @ v[:, head])

@@ -13,10 +13,10 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend
 from saccade.ops.local import local_scores, local_sum, neighbour_tokens
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.tables import table
+from saccade.ops.toeplitz import attend_at_offsets
 from saccade.parts.attention import check_heads
 from saccade.parts.tokens import global_tokens
 
@@ -40,18 +40,29 @@ def _axis_offsets(side: int, cells: int, device: torch.device) -> tuple[Tensor, 
     return (low + step * torch.arange(count, device=device)) / 2, (twice - low) // step
 
 
+def _scaled(distance: Tensor, native: int) -> Tensor:
+    """sign(x) log2(1 + |x|) / 3 for x = 8 distance / (native - 1)."""
+    scaled = distance / max(native - 1, 1) * 8
+    return scaled.sign() * torch.log2(scaled.abs() + 1) / 3
+
+
+@table
+def _apart(grid: tuple[int, ...], native: tuple[int, ...], device: torch.device) -> Tensor:
+    """(*(2 side - 1), rank) coordinates of query - key, those of key - query in ascending order."""
+    axes = [_scaled(torch.arange(side - 1, -side, -1, device=device), whole)
+            for side, whole in zip(grid, native, strict=True)]
+    return torch.stack(torch.meshgrid(axes, indexing="ij"), -1)
+
+
 @table
 def _coordinates(
     grid: tuple[int, ...], cells: tuple[int, ...], native: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates (U, rank) of all distances, sign(x) log2(1 + |x|) / 3 for x = 8 distance / (native - 1); the row of
-    each pair, (N, M).
-    """
+    """Coordinates (U, rank) of all distances; the row of each pair, (N, M)."""
     axes, index = [], torch.zeros(1, 1, dtype=torch.long, device=device)
     for side, cell, whole in zip(grid, cells, native, strict=True):
         distance, row = _axis_offsets(side, cell, device)
-        scaled = distance / max(whole - 1, 1) * 8
-        axes.append(scaled.sign() * torch.log2(scaled.abs() + 1) / 3)
+        axes.append(_scaled(distance, whole))
         index = index[:, None, :, None] * distance.shape[0] + row[None, :, None, :]
         index = index.flatten(2, 3).flatten(0, 1)
     return torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2), index
@@ -72,8 +83,15 @@ class PositionMlp(nn.Module):
 
     def forward(self, grid: tuple[int, ...], cells: tuple[int, ...]) -> Tensor:
         points, index = _coordinates(grid, cells, self.native, self.fc1.weight.device)
-        rows = self.fc2(F.relu(self.fc1(points.to(self.fc1.weight.dtype))))
-        return rows.T[:, index]
+        return self.at(points).T[:, index]
+
+    def offsets(self, grid: tuple[int, ...]) -> Tensor:
+        """(heads, *(2 side - 1)) by key - query: the bias among the tokens of a grid, an entry a distance."""
+        points = _apart(grid, self.native, self.fc1.weight.device)
+        return self.at(points).movedim(-1, 0)
+
+    def at(self, points: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(points.to(self.fc1.weight.dtype))))
 
     @staticmethod
     def cost(site: Site, grid: tuple[int, ...], cells: tuple[int, ...]) -> int:
@@ -127,8 +145,8 @@ class CosineAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q = self.sharpened(F.normalize(q, dim=-1), length)
         q, k, v = (part.flatten(1, -3).transpose(1, 2) for part in (q, F.normalize(k, dim=-1), v))
-        bias = self.bias(grid, grid)
-        out = attend(q, k, v, bias, where=lambda: global_tokens(tokens, x.device), scale=1.0)
+        out = attend_at_offsets(q, k, v, self.bias.offsets(grid), grid, scale=1.0,
+                                where=lambda: global_tokens(tokens, x.device))
         heads = out.transpose(1, 2).unflatten(1, grid)
         return self.proj(self.weigh(heads, x).flatten(-2))
 

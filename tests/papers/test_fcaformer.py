@@ -51,11 +51,12 @@ def test_blocks_are_given_the_last_cross_tokens():
 def test_what_is_learned_is_stretched_to_another_grid():
     """Distance 0 and the farthest keep their bias; every source keeps its own factors."""
     mixer = randomised(CrossAttention(Site(8, 2, grid=(8, 8)), sources=2))
-    bias = mixer.among((15, 15))
-    torch.testing.assert_close(bias[:, 0, 0], mixer.bias[:, 0])
-    torch.testing.assert_close(bias[:, 0, -1], mixer.bias[:, -1])
-    torch.testing.assert_close(bias[:, 0, 14], mixer.bias[:, 7])
-    torch.testing.assert_close(bias[:, 0, 2], mixer.bias[:, 1])
+    bias = mixer.offsets((15, 15))  # two heads, offsets -14 to 14 an axis
+    assert torch.equal(bias, bias.flip(1)) and torch.equal(bias, bias.flip(2))
+    torch.testing.assert_close(bias[:, 14, 14], mixer.bias[:, 0])
+    torch.testing.assert_close(bias[:, 28, 28], mixer.bias[:, -1])
+    torch.testing.assert_close(bias[:, 14, 28], mixer.bias[:, 7])
+    torch.testing.assert_close(bias[:, 14, 16], mixer.bias[:, 1])
     larger = CrossAttention(Site(8, 2, grid=(16, 16)), sources=2)
     for name in ("bias", "scale", "cross_bias"):
         assert larger.resize(name, getattr(mixer, name)).shape == getattr(larger, name).shape

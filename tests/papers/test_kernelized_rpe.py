@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saccade import SaccadeError, Site, record
+from saccade.ops import toeplitz
 from saccade.papers import kernelized_rpe
 from saccade.papers.kernelized_rpe import KernelizedRelative, by_pairs, by_transform
 from tests.contracts.registered import randomised
@@ -35,7 +36,8 @@ def test_transforms_equal_the_sums_in_a_loop(grid, causal, monkeypatch):
         weights = weights * (q[:, :, i, None] * k).sum(-1)
         wanted[:, :, i] = (weights[..., None] * v).sum(2) / weights.sum(-1, keepdim=True)
     for whole in (2**20, 1):
-        monkeypatch.setattr(kernelized_rpe, "WHOLE", whole)
+        for module in (kernelized_rpe, toeplitz):
+            monkeypatch.setattr(module, "WHOLE", whole)
         with torch.no_grad():
             torch.testing.assert_close(by_transform(q, k, v, factor, grid), wanted, rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(by_pairs(q, k, v, factor, grid), wanted, rtol=1e-10, atol=1e-10)

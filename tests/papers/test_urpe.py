@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade import Site
-from saccade.papers import urpe
+from saccade.ops import toeplitz
 from saccade.papers.urpe import Offsets, UniversalEncoder, UniversalRelative
 from tests.contracts.registered import randomised
 
@@ -45,7 +45,7 @@ def test_every_pair_in_a_loop(grid):
 
 def test_pieces_of_queries_change_nothing(monkeypatch):
     mixer, x = made((9, 5)), torch.randn(2, 9, 5, 16, dtype=torch.float64)
-    monkeypatch.setattr(urpe, "WHOLE", 2 * 2 * 5 * 45)  # two rows of queries a piece, and one left
+    monkeypatch.setattr(toeplitz, "WHOLE", 2 * 2 * 5 * 45)  # two rows of queries a piece, and one left
     wanted = mixer(x)
     with torch.no_grad():
         torch.testing.assert_close(mixer(x), wanted)
