@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,9 @@ def parse_method(text: str, kind: str = KIND) -> tuple[str, dict[str, Any]]:
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
+            if not re.fullmatch(r"[\w./-]+", value):  # a list without commas, options with colons between
+                raise SaccadeError(f"method {text!r}: {value!r} is no value; write a number, a word or a list as in "
+                                   f"{name}:layers=(3,6),keep=0.7") from None
             options[key] = value
     return name, options
 

@@ -27,7 +27,8 @@ def test_several_methods():
 @pytest.mark.parametrize(("text", "words"), [
     ("evitt:keep=1", "did you mean evit"), ("evit:keep", "'keep' is no option"), ("evit:=3", "'=3' is no option"),
     ("evit:keep=1,keep=2", "'keep=2' is no option"), ("evit:keep=", "'keep=' is no option"),
-    ("evit:2keep=1", "no option"),
+    ("evit:2keep=1", "no option"), ("evit:layers=(3 6)", r"'\(3 6\)' is no value"),
+    ("evit:keep=0.7:layers=(3,6)", "is no value; write a number, a word or a list as in evit:layers"),
 ])
 def test_what_is_not_so_written(text, words):
     with pytest.raises(SaccadeError, match=words):
