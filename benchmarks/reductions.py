@@ -34,23 +34,31 @@ RATES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def rows(host: str, rounds: int) -> list[dict[str, Any]]:
-    """Each method at each rate beside the host, in races of their own."""
+# Expedite's published setting is for dense prediction by a deep network: all tokens come back, and all are compared.
+DENSE = dict(host="vit_large_patch16_384", batch=1, side=512, rates={"expedite": [dict(keep=0.49), dict(keep=0.25)]})
+
+
+def rows(
+    host: str, rounds: int, batch: int = BATCH, side: int = 224, rates: dict[str, list[dict[str, Any]]] = RATES,
+    tokens: slice = slice(1),
+) -> list[dict[str, Any]]:
+    """Each method at each rate beside the host, in races of their own; `tokens` are those whose features are compared.
+    """
     torch.manual_seed(0)
     plain = create_model(host).eval()
-    image = torch.randn(BATCH, 3, 224, 224)
-    wanted, macs = plain.forward_features(image)[:, 0], count_macs(plain, (image,))
+    image = torch.randn(batch, 3, side, side)
+    wanted, macs = plain.forward_features(image)[:, tokens], count_macs(plain, (image,))
     found = []
-    for method, rates in RATES.items():
-        for options in rates:
+    for method, asked in rates.items():
+        for options in asked:
             reduced = create_model(host).eval()
             reduced.load_state_dict(plain.state_dict())
             apply(reduced, method, **options)
             seconds = race({"host": partial(plain, image), "method": partial(reduced, image)}, rounds=rounds)
             faster = median(ours / theirs for ours, theirs in zip(seconds["host"], seconds["method"], strict=True))
-            alike = F.cosine_similarity(reduced.forward_features(image)[:, 0], wanted).mean()
-            asked = ", ".join(f"{key}={value}" for key, value in options.items())
-            found.append(dict(method=method, asked=asked, macs=count_macs(reduced, (image,)) / macs, faster=faster,
+            alike = F.cosine_similarity(reduced.forward_features(image)[:, tokens], wanted, dim=-1).mean()
+            rate = ", ".join(f"{key}={value}" for key, value in options.items())
+            found.append(dict(method=method, asked=rate, macs=count_macs(reduced, (image,)) / macs, faster=faster,
                               alike=float(alike)))
             print(line(found[-1]), flush=True)
     return found
@@ -60,14 +68,20 @@ def line(row: dict[str, Any]) -> str:
     return f"| {row['method']} | {row['asked']} | {row['macs']:.2f} | {row['faster']:.2f} | {row['alike']:.3f} |"
 
 
-def section(host: str, found: list[dict[str, Any]], rounds: int) -> str:
+def table(found: list[dict[str, Any]]) -> list[str]:
+    return ["| method | rate | multiply-adds | throughput | agreement |", "|---|---|--:|--:|--:|", *map(line, found)]
+
+
+def section(host: str, found: list[dict[str, Any]], dense: list[dict[str, Any]], rounds: int) -> str:
     return "\n".join([
         "## Methods that compute less", "",
         f"`python -m benchmarks.reductions`: {host} (fresh weights), batch {BATCH} at 224 x 224, {platform.machine()}, "
         f"two threads, torch {torch.__version__}, float32, medians of {rounds} rounds. Multiply-adds, throughput are "
         "relative to the host (above 1: faster), agreement is the cosine of the class token with the host's. IA-RED2, "
         "Sparsifiner and SiT learn weights of their own, here fresh: a trained one would keep other tokens.", "",
-        "| method | rate | multiply-adds | throughput | agreement |", "|---|---|--:|--:|--:|", *map(line, found),
+        *table(found), "",
+        f"For dense prediction, {DENSE['host']} at {DENSE['side']} x {DENSE['side']}, batch {DENSE['batch']}; "
+        "agreement is the mean cosine of all tokens.", "", *table(dense),
     ])
 
 
@@ -78,7 +92,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     with torch.inference_mode():
-        write_section("reductions", section(options.host, rows(options.host, options.rounds), options.rounds))
+        found = rows(options.host, options.rounds)
+        dense = rows(**DENSE, rounds=3, tokens=slice(None))
+        write_section("reductions", section(options.host, found, dense, options.rounds))
 
 
 if __name__ == "__main__":
