@@ -17,6 +17,8 @@ from saccade.core.errors import SaccadeError
 from saccade.core.index import resolve_model
 from saccade.core.names import closest
 from saccade.core.optional import optional
+from saccade.core.weights import list_weights, published
+from saccade.learn.imagenet import picture_transform
 from saccade.learn.runs import CARD, open_run
 from saccade.learn.train import Recipe
 from saccade.learn.transforms import evaluation_transform, normalise
@@ -95,11 +97,16 @@ def _from_run(folder: Path, other_weights: object) -> Classifier:
 
 
 def _registered(name: str, checkpoint: Path | None, pretrained: bool) -> Classifier:
+    """What others published wants pictures as its card says; weights under our names, as `saccade train` shows them."""
     model = create_model(name, checkpoint_path=checkpoint, pretrained=pretrained, **_classes_in(name, checkpoint))
+    name, notes = resolve_model(name), _notes(checkpoint, pretrained)
+    foreign = model.load_report is not None and model.load_report.format != "saccade"
+    if foreign and name in list_weights() and isinstance(published(name).img_size, int):
+        weights = published(name)
+        return Classifier(model, name, picture_transform(weights), weights.mean, weights.std, notes=notes)
     squares = evaluation_transform(native_size(name))
     mean, std = Recipe.mean, Recipe.std
-    return Classifier(model, resolve_model(name), lambda one: normalise(squares(one), mean, std), mean, std,
-                      notes=_notes(checkpoint, pretrained))
+    return Classifier(model, name, lambda one: normalise(squares(one), mean, std), mean, std, notes=notes)
 
 
 def _classes_in(name: str, checkpoint: Path | None) -> dict[str, Any]:

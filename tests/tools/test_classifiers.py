@@ -13,8 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from saccade import SaccadeError, create_model
+from saccade.core.weights import published
+from saccade.learn.imagenet import picture_transform
 from saccade.tools.classifiers import UNTRAINED, open_classifier
 from saccade.tools.explain import Question, collect
+from saccade.tools.golden import make_state, read_golden
 
 
 def test_classifiers_of_others_with_their_preprocessing(tmp_path: Path) -> None:
@@ -42,6 +45,18 @@ def test_classifiers_of_others_with_their_preprocessing(tmp_path: Path) -> None:
     assert [(one["name"], one["rows"], one["prefix"]) for one in entry["attention"]] == [
         ("vit.layers.0.attention", 4, 1), ("vit.layers.1.attention", 4, 1)]
     assert entry["target"]["name"] in config.id2label.values()
+
+
+def test_weights_of_others_see_pictures_as_their_card_says(tmp_path: Path) -> None:
+    """Scaled by the crop of its card; weights under our names are shown pictures as `saccade train` does."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    golden = read_golden("tests/goldens/pvt_tiny.json")
+    torch.save(make_state(golden), tmp_path / "authors.pth")
+    theirs = open_classifier("pvt_tiny", tmp_path / "authors.pth")
+    assert torch.equal(theirs.see(picture), picture_transform(published("pvt_tiny"))(picture))
+    save_file(theirs.model.state_dict(), tmp_path / "ours.safetensors")
+    ours = open_classifier("pvt_tiny", tmp_path / "ours.safetensors").see(picture)
+    assert ours.shape == (3, 224, 224) and not torch.equal(ours, theirs.see(picture))
 
 
 def test_a_checkpoint_brings_its_classes(tmp_path: Path) -> None:
