@@ -76,7 +76,7 @@ def train(
                     drop_path_rate=drop_path_rate)
     with watch.bar(f"training {model}", epochs) as bar:
         def show(now: Progress) -> None:
-            bar.at(now.epoch + now.step / now.steps, f"{model} epoch {now.epoch + 1}/{now.epochs}, loss {now.loss:.3f}")
+            bar.at(now.epoch - 1 + now.step / now.steps, f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
         found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict,
                            machines=Machines(devices, nodes, strategy), progress=show)
     if not first_process():
