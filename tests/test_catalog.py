@@ -49,6 +49,7 @@ def test_published_parameter_counts(name):
 def test_public_names_and_commands_are_a_visible_act():
     """Edit tests/surface.json in the same change that adds or removes a public name, a command or an option."""
     import saccade
+    import saccade.golden
     from saccade.cli import app
 
     commands = {}
@@ -57,5 +58,6 @@ def test_public_names_and_commands_are_a_visible_act():
         for command in application.registered_commands:
             name = group + (command.name or command.callback.__name__)
             commands[name] = [key for key in command.callback.__annotations__ if key != "return"]
-    surface = {"names": sorted(saccade.__all__), "commands": commands}
+    names = {"names": sorted(saccade.__all__), "golden": sorted(saccade.golden.__all__)}
+    surface = names | {"commands": commands}
     assert surface == json.loads((ROOT / "tests" / "surface.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import torch
 from saccade import Site
 from saccade.core.apply import KIND
 from saccade.core.index import index
-from saccade.tools.golden import make_inputs, make_state, read_golden
+from saccade.golden import make_inputs, make_state, read_golden
 from saccade.tools.measure import declared_macs
 from saccade.tools.verify import settings, verify
 from tests.contracts.registered import EXCEPTIONS

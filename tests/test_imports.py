@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "saccade"
-ROOMS = ["core", "ops", "parts", "papers", "integrations", "learn", "attribution", "tools", "cli"]
+ROOMS = ["core", "golden", "ops", "parts", "papers", "integrations", "learn", "attribution", "tools", "cli"]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -35,16 +35,31 @@ def restore(
 
 @app.command()
 def verify(
-    goldens: Annotated[list[Path], typer.Argument(help="Goldens of whole models (JSON).")], as_json: Json = False
+    goldens: Annotated[list[Path], typer.Argument(help="Goldens (JSON): of our whole models, or what --port answers.")],
+    port: Annotated[
+        str, typer.Option(help="Test this instead: module:function or file.py:function, called with the golden.")
+    ] = "",
+    keymap: Annotated[
+        Path | None, typer.Option(help="The authors' names in the port (JSON): see docs/goldens.md.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="What to compare, patterns with commas between, as in out,stage*.")] = "",
+    as_json: Json = False,
 ) -> None:
-    """Are our models equal to their authors'? Exit code 1 where one is not."""
+    """Are our models, or anybody's port, equal to the authors'? Exit code 1 where one is not."""
+    from saccade.golden import read_golden
+    from saccade.tools import port as ports
     from saccade.tools.verify import Verdict
     from saccade.tools.verify import verify as check
 
+    if keymap is not None and not port:
+        raise SaccadeError("--keymap is of a port: give --port module:function too")
+    build = ports.load_build(port) if port else None
+    rules = None if keymap is None else ports.read_keymap(keymap)
+    read = [ports.narrow(read_golden(path), listed(only)) for path in goldens]
     verdicts: list[Verdict] = []
-    for golden in goldens:
-        with console.status(f"verifying {golden.stem}"):
-            verdicts += check(golden)
+    for golden in read:
+        with console.status(f"verifying {golden['model']}"):
+            verdicts += check(golden) if build is None else ports.verify_port(build, golden, rules)
     if as_json:
         print_json([{**vars(verdict), "passed": verdict.passed} for verdict in verdicts])
     else:

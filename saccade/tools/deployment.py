@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from saccade.core.build import create_model
 from saccade.core.files import write_whole
+from saccade.golden import fill
 from saccade.tools.export import difference, export, int8, onnxruntime, write_onnx
-from saccade.tools.golden import fill
 from saccade.tools.matrix import hosts
 from saccade.tools.pages import DOCS, Rows, page, recorded_in
 

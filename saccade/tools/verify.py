@@ -20,8 +20,8 @@ from saccade.core.features import Backbone
 from saccade.core.index import model_paper, paper_module, resolve_model
 from saccade.core.keymap import rename
 from saccade.core.load import key_maps
+from saccade.golden import Golden, cotangent, make_inputs, make_state, mismatch, read_golden
 from saccade.parts.reparameterize import reparameterize
-from saccade.tools.golden import Golden, cotangent, make_inputs, make_state, mismatch, read_golden
 
 DEPLOYED = {"fused", "deploy"}  # outputs of the same weights in the authors' deployed form
 
@@ -40,13 +40,13 @@ class Verdict:
         return self.error <= self.tolerance
 
 
-def verify(path: str | Path) -> list[Verdict]:
-    """Compare a whole model with its golden: parameter count, outputs, stage features, gradients.
+def verify(source: str | Path | Golden) -> list[Verdict]:
+    """Compare a whole model with its golden (or the file of one): parameter count, outputs, stage features, gradients.
 
     The authors' state is regenerated, saved as a checkpoint, loaded by `create_model(name, checkpoint_path=...)` and
     run. Raises SaccadeError where the golden is of no registered model.
     """
-    golden = read_golden(path)
+    golden = source if isinstance(source, dict) else read_golden(source)
     name = resolve_model(golden["model"])
     state, inputs = make_state(golden), make_inputs(golden)
     image = next(iter(inputs.values()))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from saccade import SaccadeError, Site, create_model
 from saccade.core.keymap import rename
+from saccade.golden import fill
 from saccade.papers.local_mamba import SIZES, LocalMamba, Order, mixer_names, rotations
-from saccade.tools.golden import fill
 from tests.contracts.registered import randomised
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saccade import SaccadeError, create_model
+from saccade.golden import fill
 from saccade.papers.mobilenet import CARD
 from saccade.parts.mobilenet import SmallDepthwise
-from saccade.tools.golden import fill
 from saccade.tools.measure import count_macs
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from saccade import SaccadeError, create_model
+from saccade.golden import fill
 from saccade.parts.resnet import Convolution
-from saccade.tools.golden import fill
 from saccade.tools.measure import count_macs
 
 

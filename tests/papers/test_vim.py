@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from saccade import Site, create_model
 from saccade.core.keymap import rename
+from saccade.golden import fill
 from saccade.papers.vim import MIXER, BidirectionalMamba
-from saccade.tools.golden import fill
 from tests.contracts.registered import randomised
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from saccade import Site, create_model
 from saccade.core.keymap import rename
+from saccade.golden import fill
 from saccade.papers.vmamba import MIXER, CrossScan, ordered, put_back
-from saccade.tools.golden import fill
 from tests.contracts.registered import randomised
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.affnet import AUTHORS, BLOCK, TAPS, AdaptiveFrequencyFilter, FrequencyBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 MODES = {"xx_small": "affnet_et", "x_small": "affnet_t", "small": "affnet"}

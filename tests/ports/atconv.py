@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.atconv import AUTHORS, BLOCK, MIXER, MLP, AttentiveConvolution, GatedMlp, atconv
 from saccade.parts.block import Block
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade import Site
 from saccade.core.keymap import KeyMap, matrix_from_1x1
+from saccade.golden import make_inputs
 from saccade.papers.biformer import (
     AUTHORS,
     BLOCK,
@@ -31,7 +32,6 @@ from saccade.parts.convolution import depthwise
 from saccade.parts.mlp import Gelu, Mlp
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 Args = dict[str, Any]

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.convit import AUTHORS, SIZES, GatedPositional, convit
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM, Block
 from saccade.parts.mlp import Mlp
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, State, as_grid, as_tokens, key_map
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.convnext import AUTHORS, Depthwise, convnext, convnext_isotropic
 from saccade.parts.block import SingleBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 BLOCK = ((r"dwconv\.(.*)", r"mixer.conv.\1"), (r"pwconv(\d)\.(.*)", r"mlp.fc\1.\2"), ("gamma", "scale.0.gamma"))

@@ -7,13 +7,13 @@ from functools import partial
 from torch import nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.crossvit import AUTHORS, CROSS_ATTENTION, MULTI_SCALE, SIZES, Crossing, CrossViT, MultiScale
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM
 from saccade.parts.class_attention import ClassAttention
 from saccade.parts.mlp import Mlp
 from saccade.parts.plain import TokenBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, State, key_map
 
 

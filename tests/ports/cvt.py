@@ -7,9 +7,9 @@ import re
 from torch import Tensor
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.cvt import AUTHORS, MIXER, ConvolutionalProjection, cvt
 from saccade.parts.tokens import join
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, State, key_map
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.davit import SIZES, ChannelGroup, DualBlock, Window, authors_names, davit
 from saccade.parts.mlp import Mlp
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 
 BLOCK = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.dependency_vit import AUTHORS, MIXER, ReversedAttention, dependency_vit
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, State, key_map
 
 

@@ -7,9 +7,9 @@ from math import isqrt
 from torch import Tensor
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.dhvt import AGGREGATION, AUTHORS, MIXER, DynamicAggregation, HeadInteraction, dhvt
 from saccade.parts.tokens import join
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, State, key_map
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saccade.core.keymap import within
+from saccade.golden import make_inputs
 from saccade.papers.dualtoken_vit import GATE, MERGING, STEM, BiDimensionalGate, ResidualMerging, stem
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, as_tokens, key_map
 
 

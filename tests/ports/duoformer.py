@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from saccade.core.keymap import rename
+from saccade.golden import make_inputs
 from saccade.papers.duoformer import AUTHORS, SCALE_BLOCK, ScaleBlock, duoformer
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, State, key_map
 
 BACKBONES = {"r18": "resnet18", "r34": "resnet34", "r50": "resnet50", "r50_Swav": "resnet50"}

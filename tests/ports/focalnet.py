@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.focalnet import AUTHORS, MIXER, FocalModulation, focalnet
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 

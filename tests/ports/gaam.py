@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.gaam import AUTHORS, AXES, GaussianAdaptive, GaussianBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 

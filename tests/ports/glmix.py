@@ -7,13 +7,13 @@ from functools import partial
 from torch import nn
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.glmix import AUTHORS, BLOCK, GLMix, SeededBlock
 from saccade.parts.attention import Attention
 from saccade.parts.block import LAYER_NORM
 from saccade.parts.convolution import depthwise
 from saccade.parts.mlp import EarlyLocalMlp, Mlp
 from saccade.parts.norm import BatchNorm
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.hyena_nd import AUTHORS, LEARNED, MIXER, HyenaNd, hyena_nd
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 SHAPES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from saccade.core.keymap import within
+from saccade.golden import make_inputs
 from saccade.papers.hyperzzw import (
     AUTHORS,
     GATE,
@@ -20,7 +21,6 @@ from saccade.papers.hyperzzw import (
     Terminator,
     product,
 )
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import find_taps
 from tests.ports.port import Port, channels_first, channels_last, key_map
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isqrt
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.less_vit import (
     AUTHORS,
     BLOCK,
@@ -16,7 +17,6 @@ from saccade.papers.less_vit import (
     perception_field,
 )
 from saccade.parts.block import Block
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import find_taps
 from tests.ports.port import Port, State, key_map
 

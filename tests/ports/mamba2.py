@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.mamba2 import AUTHORS, Mamba2
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 NAMES = {"d_state": "states", "headdim": "width", "d_conv": "kernel", "expand": "expand", "ngroups": "groups"}

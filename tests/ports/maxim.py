@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from saccade import Site
 from saccade.core.keymap import within
+from saccade.golden import make_inputs
 from saccade.papers.maxim import CROSS, GMLP, TAPS, CrossGating, MultiAxisGmlp, authors, maxim
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_last, key_map, unused
 
 

@@ -7,10 +7,10 @@ from functools import partial
 from torch import nn
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.maxvit import ATTENTION, AUTHORS, TAPS, BlockAttention, GeluTanh, GridAttention
 from saccade.parts.block import Block
 from saccade.parts.mlp import Mlp
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 

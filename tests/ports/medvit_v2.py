@@ -7,6 +7,7 @@ from torch import nn
 from saccade import Site
 from saccade.core.build import create_model
 from saccade.core.keymap import rename
+from saccade.golden import make_inputs
 from saccade.papers.medvit_v2 import (
     GLOBAL,
     KAN,
@@ -22,7 +23,6 @@ from saccade.papers.medvit_v2 import (
 )
 from saccade.parts.kan import KanLayer, SplineKanLayer
 from saccade.parts.squeeze import divisible
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from saccade import Site
 from saccade.core.keymap import matrix_from_1x1
+from saccade.golden import make_inputs
 from saccade.papers.metaformer import AUTHORS, NORMS, SIZES, TAPS, Pooling, metaformer
 from saccade.parts.block import Block
 from saccade.parts.mlp import Mlp
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 BLOCK = (

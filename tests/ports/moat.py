@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.moat import ATTENTION, AUTHORS, BLOCK, TAPS, MoatAttention, MoatBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, as_tokens, key_map
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import create_model
+from saccade.golden import make_inputs
 from saccade.papers.moh import AUTHORS, GATES, TAPS, AggregatedMixtureOfHead, MixtureOfHead
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 from tests.ports.transnext import aggregation, attention_site
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.overlock import (
     AUTHORS,
     BASE,
@@ -17,7 +18,6 @@ from saccade.papers.overlock import (
 )
 from saccade.parts.block import Affine
 from saccade.parts.contmix import ContMix
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

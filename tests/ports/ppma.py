@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.ppma import AUTHORS, MIXER, PATH, SIZES, PolylinePath, path_mask, ppma
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 FACTORIES = {"PPMAViT_T": "ppma_t", "PPMAViT_S": "ppma_s", "PPMAViT_B": "ppma_b"}

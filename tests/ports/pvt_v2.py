@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.pvt_v2 import AUTHORS, POOLED, PooledReduction, pvt_v2
-from saccade.tools.golden import make_inputs
 from tests.ports import pvt
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 

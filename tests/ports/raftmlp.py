@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from saccade import Site
 from saccade.core.keymap import within
+from saccade.golden import make_inputs
 from saccade.papers.raftmlp import (
     AUTHORS,
     MultiScaleEmbed,
@@ -14,7 +15,6 @@ from saccade.papers.raftmlp import (
     raftmlp,
 )
 from saccade.parts.pyramid import Stage
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.rmt import AUTHORS, MIXER, SIZES, ManhattanAttention, rmt
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 FACTORIES = {"RMT_T3": "rmt_t", "RMT_S": "rmt_s", "RMT_M2": "rmt_b", "RMT_B": "rmt_b", "RMT_L6": "rmt_l"}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.spartan import CHANNEL, SPATIAL, MultiOrderSpatial, WaveAggregation, authors, spartan
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -6,8 +6,8 @@ import re
 from math import isqrt
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.spectformer import AUTHORS, MIXER, SpectralGating, spectformer
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, as_grid, as_tokens, key_map
 

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.ops.spiking import fire
 from saccade.papers.spikformer_v2 import (
     AUTHORS,
@@ -22,7 +23,6 @@ from saccade.papers.spikformer_v2 import (
     SpikingMlp,
     spikformer,
 )
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import find_taps
 from tests.ports.port import Port, State, key_map
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from saccade import Site, create_model
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1
+from saccade.golden import make_inputs
 from saccade.ops.wavelet import dtcwt
 from saccade.papers.svt import AUTHORS, ROW_SCATTERING, SCATTERING, RowScattering, Scattering
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, as_grid, as_tokens, channels_last, key_map
 

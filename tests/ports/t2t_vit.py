@@ -6,6 +6,7 @@ import torch
 
 from saccade import Site, create_model
 from saccade.core.load import key_maps
+from saccade.golden import make_inputs
 from saccade.papers.t2t_vit import (
     AUTHORS,
     SIZES,
@@ -18,7 +19,6 @@ from saccade.papers.t2t_vit import (
     t2t_vit,
 )
 from saccade.papers.t2t_vit_trunks import SIZES as TRUNKS
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, State, as_grid, as_tokens, key_map
 

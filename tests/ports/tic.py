@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from saccade.golden import make_inputs
 from saccade.papers.tic import LAYER, MsaConv
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from torch import nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.tnt import AUTHORS, BLOCK, SIZES, NestedBlock, tnt
 from saccade.parts.attention import Attention
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 

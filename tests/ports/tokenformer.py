@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.tokenformer import AUTHORS, NORM, Pattention, TokenformerAttention
 from saccade.parts.block import Block
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, State, key_map
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.tvconv import AUTHORS, OPERATOR, TAPS, TVConv, tvconv
 from saccade.parts.mobilenet import InvertedBlock, inverted_names
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

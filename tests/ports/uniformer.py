@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.uniformer import AUTHORS, BLOCK, DividedBlock, LocalRelation, uniformer
 from saccade.parts.attention import Attention
 from saccade.parts.axes import AxesAttention
@@ -14,7 +15,6 @@ from saccade.parts.block import Block
 from saccade.parts.convolution import depthwise
 from saccade.parts.mlp import Mlp
 from saccade.parts.norm import BatchNorm
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 NETWORKS = ("UniFormer", "UniFormer_Light", "Uniformer", "Uniformer_light")

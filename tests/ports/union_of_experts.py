@@ -6,8 +6,8 @@ from functools import partial
 
 from saccade import Site
 from saccade.core.keymap import rename
+from saccade.golden import make_inputs, make_state
 from saccade.papers.union_of_experts import ATTENTION, MLP, SelectiveAttention, UnionOfMlps, turn_half
-from saccade.tools.golden import make_inputs, make_state
 from tests.ports.port import Port, key_map
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.unireplknet import (
     AUTHORS,
     BLOCK,
@@ -16,7 +17,6 @@ from saccade.papers.unireplknet import (
 )
 from saccade.parts.dilated import DILATED
 from saccade.parts.norm import BatchNorm
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.van import AUTHORS, GATE, MIXER, TAPS, LargeKernel, LargeKernelAttention, van
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, channels_first, channels_last, key_map
 
 

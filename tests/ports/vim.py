@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site
+from saccade.golden import make_inputs
 from saccade.papers.vim import MIXER, BidirectionalMamba
-from saccade.tools.golden import make_inputs
 from tests.ports.mamba import settings
 from tests.ports.port import Port, key_map
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from saccade.golden import make_inputs
 from saccade.papers.vm_unet import AUTHORS, TAPS, PatchExpand, vm_unet
-from saccade.tools.golden import make_inputs
 from tests.ports.port import Port, key_map
 
 

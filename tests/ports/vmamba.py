@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from saccade import Site
 from saccade.core.keymap import within
+from saccade.golden import make_inputs
 from saccade.papers.vmamba import MIXER, CrossScan
 from saccade.parts.ssm import MixerBlock
-from saccade.tools.golden import make_inputs
 from tests.ports.mamba import settings
 from tests.ports.port import Port, key_map
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saccade import Site, create_model
+from saccade.golden import make_inputs
 from saccade.papers.volo import AUTHORS, OUTLOOK, Outlook, volo
-from saccade.tools.golden import make_inputs
 from saccade.tools.verify import taps
 from tests.ports.port import Port, key_map
 
