@@ -76,6 +76,7 @@ def info(
         "paper": f"{card['title']}, {card['authors']}, {card['year']}", "arXiv": card["arxiv"], "code": card["code"],
         "licence of the authors' code": card["licence"], "written from": card["read"],
         "verified by": ", ".join([*card["goldens"], *card["tests"]]) or "nothing yet",
+        "quirks of the published code": " ".join(card["quirks"]),
     }
     if name in known["mixers"]:
         facts |= {"mixer": f"{name} ({card['mixers'][name]})"}

@@ -1,4 +1,4 @@
-"""All that is generated from the cards: the index, the tables of systems and tasks, the README's counts.
+"""All that is generated from the cards: the index, the tables of systems, tasks and errata, the README's counts.
 
     python -m saccade.tools.catalog          writes what is stale
     python -m saccade.tools.catalog --check  names what is stale, exit code 1
@@ -17,6 +17,7 @@ from typing import Any
 
 from saccade.core.card import Card
 from saccade.papers.survey_applications import TASKS
+from saccade.tools import errata
 
 ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = "tests/contracts/exceptions.toml"
@@ -47,7 +48,9 @@ def build_index() -> dict[str, Any]:
             if name not in sizes:
                 raise ValueError(f"{paper}: the alias {alias} points to {name}, which is none of its models")
             aliases[alias] = name
-        papers[paper] = dataclasses.asdict(card) | {"models": sizes, "weights": _weights(paper, card)}
+        papers[paper] = dataclasses.asdict(card) | {"models": sizes, "weights": _weights(paper, card), "quirks": []}
+    for quirk in errata.read():
+        papers[quirk["paper"]]["quirks"].append(quirk["does"])
     return {"models": models, "mixers": mixers, "methods": methods, "aliases": aliases, "papers": papers}
 
 
@@ -130,6 +133,7 @@ def generated() -> Iterator[tuple[Path, str]]:
     yield ROOT / "saccade" / "index.json", json.dumps(build_index(), indent=1, ensure_ascii=False) + "\n"
     yield ROOT / "docs" / "systems.md", systems_page()
     yield ROOT / "docs" / "tasks.md", tasks_page()
+    yield ROOT / "docs" / "errata.md", errata.page(cards())
     readme = ROOT / "README.md"
     if readme.exists():
         text, counts = readme.read_text(encoding="utf-8"), rf"\g<1>{counts_line()}\g<2>"
