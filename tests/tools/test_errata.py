@@ -14,10 +14,11 @@ import torch
 from saccade.golden import make_inputs, make_state, read_golden
 from saccade.tools.catalog import cards
 from saccade.tools.errata import page, read
-from tests.test_goldens import CLAIMED, PATHS
+from tests.test_goldens import CLAIMED, MODELS, PATHS
 
 QUIRKS = read()
-MEASURED = [quirk for quirk in QUIRKS if "line" in quirk]
+MEASURED = [pytest.param(quirk, id=quirk["paper"], marks=[pytest.mark.slow] if quirk["goldens"][0] in MODELS else [])
+            for quirk in QUIRKS if "line" in quirk]
 PAPERS = Path(__file__).parents[2] / "saccade" / "papers"
 
 
@@ -31,7 +32,8 @@ def test_every_entry_is_of_a_paper_and_its_goldens():
         assert not any("|" in str(value) for key, value in quirk.items() if key not in ("line", "instead"))
     assert [quirk["paper"] for quirk in QUIRKS] == sorted(quirk["paper"] for quirk in QUIRKS)
     assert len({quirk["does"] for quirk in QUIRKS}) == len(QUIRKS)
-    assert all(f"| {quirk['does']} |" in page(known) for quirk in QUIRKS)
+    shown = page(known)
+    assert all(f"| {quirk['does']} |" in shown for quirk in QUIRKS)
 
 
 def test_every_docstring_that_names_a_quirk_has_an_entry():
@@ -41,7 +43,7 @@ def test_every_docstring_that_names_a_quirk_has_an_entry():
     assert named <= entered, named - entered
 
 
-@pytest.mark.parametrize("quirk", MEASURED, ids=lambda quirk: quirk["paper"])
+@pytest.mark.parametrize("quirk", MEASURED)
 def test_measured_effect(quirk, monkeypatch):
     """The golden's output with one line of the paper's file changed, against the one with the quirk."""
     golden = quirk["goldens"][0]
