@@ -154,11 +154,11 @@ def record(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = _run(model, arguments, taps or {})
     golden["macs"] = counter.get_total_flops() // 2
-    golden["outputs"] = {key: summarize(value) for key, value in outputs.items()}
-    broken = [key for key, value in golden["outputs"].items() if not math.isfinite(value["l2"])]
+    broken = [key for key, value in outputs.items() if not value.isfinite().all()]
     if broken:
         raise SaccadeError(f"{name}: {', '.join(broken)} not finite on the drawn weights; record in float64, or tap "
                            "earlier modules")
+    golden["outputs"] = {key: summarize(value) for key, value in outputs.items()}
     if gradients:
         for key in gradients:
             known[key].requires_grad_()

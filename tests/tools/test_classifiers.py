@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from saccade import SaccadeError, create_model
 from saccade.core.weights import published
+from saccade.golden import make_state, read_golden
 from saccade.learn.imagenet import picture_transform
 from saccade.tools.classifiers import UNTRAINED, open_classifier
 from saccade.tools.explain import Question, collect
-from saccade.tools.golden import make_state, read_golden
 
 
 def test_classifiers_of_others_with_their_preprocessing(tmp_path: Path) -> None:
