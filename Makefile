@@ -8,7 +8,7 @@ BIN := $(CURDIR)/.venv/bin/
 endif
 EXTRAS := train,export,quant,hf,dev
 
-.PHONY: demo test test-all check tables setup
+.PHONY: demo test test-all check tables smoke site setup
 
 setup: $(BIN).saccade-installed
 
@@ -31,3 +31,13 @@ check: setup
 
 tables: setup ## Write the index, the table of systems and the README's counts from the cards
 	$(BIN)python -m saccade.tools.catalog
+
+smoke: setup ## The wheel, installed into an empty environment (torch apart, which it borrows) and tried there
+	OMP_NUM_THREADS=1 $(BIN)python tests/wheel/build.py --borrow-torch
+
+site: setup $(BIN).saccade-docs-installed ## The documentation, in site/; it needs no network to be read
+	NO_MKDOCS_2_WARNING=1 $(BIN)python -m mkdocs build
+
+$(BIN).saccade-docs-installed: pyproject.toml
+	$(BIN)python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
