@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from mkdocs.structure.files import File, Files
 from mkdocs.utils import get_relative_url
+from typer.main import get_command
 
-from saccade.tools.website import KINDS, pages, relinked
+from saccade.cli import app
+from saccade.tools.website import KINDS, commands_page, pages, relinked
 
 EXAMPLES = ("mixer", "backbone", "restoration", "reduction", "pretraining", "explanation")
 SHIM = "https://unpkg.com/iframe-worker/shim"
@@ -13,7 +15,7 @@ PROJECT = ("contributing", "changelog", "security", "benchmarks", "exceptions")
 
 
 def on_files(files: Files, config) -> Files:
-    made = dict(pages())
+    made = {**dict(pages()), "reference/commands.md": commands_page(get_command(app))}
     for path, markdown in made.items():
         files.append(File.generated(config, path, content=markdown))
     guides = sorted(file.src_uri for file in files.documentation_pages() if "/" not in file.src_uri)

@@ -65,9 +65,8 @@ def pages() -> Iterator[tuple[str, str]]:
     for kind in KINDS:
         yield f"kinds/{kind}.md", kind_page(kind)
     for paper in index()["papers"]:
-        yield f"papers/{paper}.md", paper_page(paper)
+        yield f"papers/{paper}.md", "---\nsearch: {boost: 2}\n---\n" + paper_page(paper)
     yield "reference/saccade.md", reference_page()
-    yield "reference/commands.md", commands_page()
 
 
 def relinked(markdown: str, source: str) -> str:
@@ -298,14 +297,9 @@ def reference_page() -> str:
     return "\n\n".join(["# saccade", "Everything that `import saccade` gives.", *entries]) + "\n"
 
 
-def commands_page() -> str:
-    """Every command with its arguments and options, as the command line itself declares them."""
-    from typer.main import get_command
-
-    from saccade.cli import app
-
+def commands_page(group: Any) -> str:
+    """Every command of the application (a click Group) with its arguments and options, as it declares them."""
     lines = ["# Commands", "Bad input is one line that says what, where and what to do, and exit code 2."]
-    group: Any = get_command(app)
     for name, command in group.commands.items():
         inner = getattr(command, "commands", None)
         for key, each in inner.items() if inner else [("", command)]:

@@ -6,10 +6,12 @@ import posixpath
 import re
 
 import pytest
+from typer.main import get_command
 
+from saccade.cli import app
 from saccade.core.index import index
 from saccade.tools.catalog import ROOT
-from saccade.tools.website import LINK, pages, prose, relinked
+from saccade.tools.website import LINK, commands_page, pages, prose, relinked
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,12 @@ def test_links_of_the_repository_become_links_of_the_site():
     assert relinked("[a](../pyproject.toml)", "docs/explain.md") == "a"
     assert relinked("[a](../nowhere.md)", "docs/explain.md") == "[a](../nowhere.md)"
     assert relinked("[a](https://arxiv.org/abs/1)", "README.md") == "[a](https://arxiv.org/abs/1)"
+
+
+def test_every_command_and_its_options_are_on_a_page():
+    page = commands_page(get_command(app))
+    assert "## saccade compare" in page and "## saccade weights get" in page
+    assert "| `--budget` |" in page and "| `--apply` |" in page
 
 
 def test_docstrings_become_markdown():

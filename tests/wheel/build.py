@@ -1,4 +1,4 @@
-"""Builds the wheel, looks into it, installs it into an empty environment and runs smoke.py there, outside of the checkout.
+"""Builds the wheel, looks into it, installs it into an empty environment and runs smoke.py there.
 
     python tests/wheel/build.py [--borrow-torch]
 
@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,15 @@ PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 
 def run(*command: str | Path, cwd: Path) -> None:
     subprocess.run([str(part) for part in command], cwd=cwd, check=True)
+
+
+def copy_sources(folder: Path) -> Path:
+    """What a wheel is made of, apart from the checkout: a `build/` left there would go into the wheel."""
+    shutil.copytree(ROOT / "saccade", folder / "saccade", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    return folder
 
 
 def look_into(wheel: Path) -> None:
@@ -64,7 +74,8 @@ def main() -> None:
     borrows = parser.parse_args().borrow_torch
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run(sys.executable, *PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+        sources = copy_sources(folder / "sources")
+        run(sys.executable, *PIP, "wheel", "--no-deps", "--wheel-dir", folder, sources, cwd=folder)
         wheel, = folder.glob("saccade-*.whl")
         look_into(wheel)
         venv.create(folder / "empty", with_pip=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ SACCADE = shutil.which("saccade", path=str(Path(sys.executable).parent))
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     assert SACCADE is not None, "the wheel installs no command"
-    return subprocess.run([SACCADE, *arguments], capture_output=True, text=True, encoding="utf-8")
+    said = {**os.environ, "PYTHONUTF8": "1", "COLUMNS": "200"}
+    return subprocess.run([SACCADE, *arguments], capture_output=True, text=True, encoding="utf-8", env=said)
 
 
 def prints(*arguments: str, says: str) -> None:
