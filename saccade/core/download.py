@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -81,8 +82,9 @@ def _download(url: str, part: Path) -> Path:
                 start = 0
             length = answer.headers["Content-Length"]
             total = start + int(length) if length else None
-            progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-            with progress, part.open("ab" if start else "wb") as file:
+            progress = Progress(*columns, TimeRemainingColumn(), console=console)
+            shown = progress if console.is_terminal else nullcontext()  # a disabled one of rich 13 ends in a blank line
+            with shown, part.open("ab" if start else "wb") as file:
                 bar = progress.add_task(part.stem, total=total, completed=start)
                 while block := answer.read(CHUNK):
                     file.write(block)

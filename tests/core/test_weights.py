@@ -346,6 +346,8 @@ TIMM = [name for name in store.list_weights() if store.published(name).source.st
 def test_what_timm_gives_fits(name: str) -> None:
     """Names and shapes of timm's model of that id are accounted for, every one, by our key map."""
     timm = pytest.importorskip("timm")
+    if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 20):
+        pytest.skip("an older timm builds not all of its models on the meta device, and knows not all of these")
     with torch.device("meta"):
         theirs = timm.create_model(store.published(name).source.removeprefix("timm:"), pretrained=False)
         ours = create_model(name)
