@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saccade.tools.golden import make_state, read_golden
+from saccade.golden import make_state, read_golden
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.md"))
