@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.record import Where, note, recording
-from saccade.ops.exporting import is_exporting
 
 
 def attend(
@@ -35,7 +34,7 @@ def attend(
             return _as_wide(q, k, v, bias, scale)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         # The fused kernel's output has its heads inside; the form that ONNX gets of it has not, and views would break.
-        return out.clone(memory_format=torch.contiguous_format) if is_exporting() else out
+        return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
     return affinity(q, k, bias, where=where, scale=scale) @ v
 
 

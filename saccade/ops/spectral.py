@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops.exporting import is_exporting
 from saccade.ops.product import along
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -34,7 +33,7 @@ def global_filter(x: Tensor, weight: Tensor) -> Tensor:
 
 def fourier(x: Tensor) -> Tensor:
     """(B, *grid, C) -> (B, *frequencies, C, 2): real and imaginary part of the orthonormal real Fourier transform."""
-    if not is_exporting():
+    if not torch.compiler.is_exporting():
         return torch.view_as_real(torch.fft.rfftn(x, dim=tuple(range(1, x.ndim - 1)), norm="ortho"))
     *others, last = range(1, x.ndim - 1)
     cos, sin = waves(x.shape[last], x.shape[last] // 2 + 1, x.dtype, x.device)
@@ -48,7 +47,7 @@ def fourier(x: Tensor) -> Tensor:
 
 def inverse_fourier(spectrum: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Undo `fourier`: (B, *frequencies, C, 2) -> (B, *grid, C)."""
-    if not is_exporting():
+    if not torch.compiler.is_exporting():
         axes = tuple(range(1, len(grid) + 1))
         return torch.fft.irfftn(torch.view_as_complex(spectrum), s=grid, dim=axes, norm="ortho")
     real, imaginary = spectrum.unbind(-1)
@@ -66,7 +65,7 @@ def inverse_fourier(spectrum: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def complex_product(x: Tensor, y: Tensor) -> Tensor:
     """x y of (..., 2), real and imaginary parts."""
-    if not is_exporting():
+    if not torch.compiler.is_exporting():
         return torch.view_as_real(torch.view_as_complex(x.contiguous()) * torch.view_as_complex(y.contiguous()))
     (a, b), (c, d) = x.unbind(-1), y.unbind(-1)
     return torch.stack([a * c - b * d, a * d + b * c], -1)
@@ -102,7 +101,7 @@ def convolve_last(x: Tensor, kernel: Tensor, rank: int) -> Tensor:
     """`convolve` over the last `rank` axes of x (..., *grid) and kernel (..., *size); those before them broadcast."""
     grid, size = tuple(x.shape[-rank:]), tuple(kernel.shape[-rank:])
     precise = torch.promote_types(x.dtype, torch.float32)
-    if is_exporting():
+    if torch.compiler.is_exporting():
         return _convolve_exported(x, kernel.to(precise), grid, size)
     spectrum = torch.fft.rfftn(kernel.to(precise), dim=tuple(range(-rank, 0)))
     # Axis by axis, so that no row of mere zeros is transformed and none that will be cropped.

@@ -28,7 +28,6 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1, within
 from saccade.core.record import recording
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.exporting import is_exporting
 from saccade.ops.local import local_sum
 from saccade.ops.pooling import adaptive_mean
 from saccade.parts.block import Block
@@ -95,7 +94,7 @@ class AttentiveConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, *grid, C = x.shape
-        if is_exporting():  # ONNX knows no number of groups that is free
+        if torch.compiler.is_exporting():  # ONNX knows no number of groups that is free
             weight = self.kernels(x).view(B, *[1] * len(grid), C, self.bins)
             return self.proj(local_sum(weight, self.x_proj(x)[..., None], self.kernel).squeeze(-1))
         weight = self.kernels(x).view(B * C, 1, *[self.kernel] * len(grid))

@@ -17,10 +17,10 @@ def both(monkeypatch):
     """A function's value as it is, and as it is exported."""
 
     def run(function):
-        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False, raising=False)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
         usual = function()
-        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         return usual, function()
 
