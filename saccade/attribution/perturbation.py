@@ -6,7 +6,7 @@ meaningful perturbation needs its slopes. `progress(done, of)` is called after e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +36,20 @@ def occlusion(
     rows = sorted({*range(0, height - patch + 1, stride), height - patch})
     columns = sorted({*range(0, width - patch + 1, stride), width - patch})
     places = [(row, column) for row in rows for column in columns]
-    count = torch.zeros(height, width, device=image.device, dtype=image.dtype)
-    keep = torch.ones(len(places), height, width, device=image.device, dtype=torch.bool)
-    for number, (row, column) in enumerate(places):
-        keep[number, row : row + patch, column : column + patch] = False
-        count[row : row + patch, column : column + patch] += 1
 
-    def covered(one: Tensor, start: int, end: int) -> Tensor:
-        return torch.where(keep[start:end, None], one, fill)
+    def shown(start: int, end: int) -> Tensor:
+        keep = image.new_ones(end - start, height, width)
+        for mask, (row, column) in zip(keep, places[start:end], strict=True):
+            mask[row : row + patch, column : column + patch] = 0
+        return keep
 
     with torch.no_grad():
         whole = chosen(model, image, target)
-    left = _answers(model, image, target, len(places), covered, batch_size, progress)
-    falls = whole[:, None] - left
-    return torch.einsum("bm,mhw->bhw", falls, (~keep).to(falls)) / count
+    fall, count = torch.zeros_like(image[:, 0]), torch.zeros_like(image[0, 0])
+    for keep, left in _masked(model, image, target, len(places), shown, batch_size, progress, fill):
+        fall += torch.einsum("bm,mhw->bhw", whole[:, None] - left, 1 - keep)
+        count += (1 - keep).sum(0)
+    return fall / count
 
 
 def rise(
@@ -64,10 +64,12 @@ def rise(
     """
     if masks < 1 or cells < 1 or not 0 < kept < 1:
         raise SaccadeError(f"masks={masks}, cells={cells}, kept={kept}: give masks, cells >= 1 and 0 < kept < 1")
-    drawn = _rise_masks(masks, cells, kept, (image.shape[2], image.shape[3]), seed).to(image)
-    probability = _answers(model, image, target, masks, lambda one, a, b: one * drawn[a:b, None], batch_size, progress,
-                           probability=True)
-    return torch.einsum("bm,mhw->bhw", probability, drawn) / drawn.sum(0).clamp_min(1e-6)
+    shown = _coarse_masks(masks, cells, kept, (image.shape[2], image.shape[3]), seed)
+    total, often = torch.zeros_like(image[:, 0]), torch.zeros_like(image[0, 0])
+    for mask, probability in _masked(model, image, target, masks, shown, batch_size, progress, probability=True):
+        total += torch.einsum("bm,mhw->bhw", probability, mask)
+        often += mask.sum(0)
+    return total / often.clamp_min(1e-6)
 
 
 def lime(
@@ -87,10 +89,11 @@ def lime(
     shown[0] = True
     squares = shown.to(image).view(samples, 1, cells, cells)
 
-    def some(one: Tensor, start: int, end: int) -> Tensor:
-        return one * F.interpolate(squares[start:end], size, mode="nearest")
+    def some(start: int, end: int) -> Tensor:
+        return F.interpolate(squares[start:end], size, mode="nearest")[:, 0]
 
-    answers = _answers(model, image, target, samples, some, batch_size, progress).double()
+    asked = _masked(model, image, target, samples, some, batch_size, progress)
+    answers = torch.cat([answer for _, answer in asked], 1).double()
     features = torch.cat([shown, torch.ones_like(shown[:, :1])], 1).double()
     weight = torch.exp(-((1 - shown.double().mean(1).sqrt()) ** 2) / width**2)
     ridge = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
@@ -131,32 +134,44 @@ def meaningful_perturbation(
     return F.interpolate(1 - mask.detach(), (height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
-def _answers(
-    model: nn.Module, image: Tensor, target: Tensor, count: int, change: Callable[[Tensor, int, int], Tensor],
-    batch_size: int, progress: Progress | None, probability: bool = False,
-) -> Tensor:
-    """The target's score (or probability) of each picture under `count` changes, (B, count)."""
+def _masked(
+    model: nn.Module, image: Tensor, target: Tensor, count: int, masks: Callable[[int, int], Tensor],
+    batch_size: int, progress: Progress | None, fill: float = 0.0, probability: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of masks (n, H, W), and the target's score (or probability) of each picture under them, (B, n).
+
+    masks(start, end) makes a batch: 1 shows a pixel, 0 puts `fill` there. Only one is held at a time (all of a
+    thousand at 224 pixels would be 200 MB), and it is made once for all pictures.
+    """
     if batch_size < 1:
         raise SaccadeError(f"batch_size is {batch_size}: give 1 or more")
-    found = []
-    with torch.no_grad():
-        for number, one in enumerate(image):
-            for start in range(0, count, batch_size):
-                end = min(start + batch_size, count)
-                answer = scores(model, change(one, start, end))
-                answer = answer.softmax(1) if probability else answer
-                found.append(answer[:, target[number]])
+    for start in range(0, count, batch_size):
+        found = []
+        with torch.no_grad():
+            mask = masks(start, min(start + batch_size, count)).to(image)
+            for number, one in enumerate(image):
+                covered = one * mask[:, None] if fill == 0 else torch.where(mask[:, None] > 0, one, fill)
+                answer = scores(model, covered)
+                found.append((answer.softmax(1) if probability else answer)[:, target[number]])
                 if progress is not None:
-                    progress(number * count + end, len(image) * count)
-    return torch.cat(found).view(len(image), count)
+                    progress(start * len(image) + (number + 1) * len(mask), count * len(image))
+        yield mask, torch.stack(found)
 
 
-def _rise_masks(masks: int, cells: int, kept: float, size: tuple[int, int], seed: int) -> Tensor:
+def _coarse_masks(
+    masks: int, cells: int, kept: float, size: tuple[int, int], seed: int
+) -> Callable[[int, int], Tensor]:
+    """Masks (n, H, W) of RISE by their numbers: drawn at once, enlarged when they are asked for."""
     generator = torch.Generator().manual_seed(seed)
     cell = tuple(-(-side // cells) for side in size)
     coarse = (torch.rand(masks, 1, cells, cells, generator=generator) < kept).float()
-    large = F.interpolate(coarse, ((cells + 1) * cell[0], (cells + 1) * cell[1]), mode="bilinear", align_corners=False)
     rows = torch.randint(cell[0], (masks,), generator=generator).tolist()
     columns = torch.randint(cell[1], (masks,), generator=generator).tolist()
-    return torch.stack([one[0, row : row + size[0], column : column + size[1]]
-                        for one, row, column in zip(large, rows, columns, strict=True)])
+    whole = ((cells + 1) * cell[0], (cells + 1) * cell[1])
+
+    def shown(start: int, end: int) -> Tensor:
+        large = F.interpolate(coarse[start:end], whole, mode="bilinear", align_corners=False)
+        return torch.stack([one[0, row : row + size[0], column : column + size[1]] for one, row, column in
+                            zip(large, rows[start:end], columns[start:end], strict=True)])
+
+    return shown
