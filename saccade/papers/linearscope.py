@@ -1,7 +1,7 @@
 """Linear interpreters: the linear system that a network is at one input, replayed forwards and back.
 
 At a picture x each non-linear call takes a decision (which side of a ReLU, which pixel of a max pooling, the gain of a
-smooth activation, the deviation in a norm). With the decisions of x held fixed the network is affine in a probe u,
+smooth activation, mean and deviation in a norm). With the decisions of x held fixed the network is affine in a probe u,
     F_x(u) = A_x u + b_x,   F_x(x) = F(x),
 so that A_x can be read by columns (what one pixel writes) and, transposed, by rows (the filter that reads a score):
     F_c(x) = sum over pixels of (A_x[c] x) + b_x[c]: each pixel votes.
@@ -46,12 +46,13 @@ POOLINGS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.a
             F.adaptive_max_pool3d}
 NORMS = {F.layer_norm, F.instance_norm, F.group_norm}
 ATTENTION = {F.softmax, torch.softmax, Tensor.softmax, F.scaled_dot_product_attention}
-KNOWN = RECTIFIERS | SMOOTH | POOLINGS | NORMS
+STATISTICS = {torch.var_mean}  # of norms that are written out
+KNOWN = RECTIFIERS | SMOOTH | POOLINGS | NORMS | STATISTICS
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div,
             Tensor.__truediv__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum,
             F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, torch.addcmul}
 
-Replay = Callable[[Tensor], Tensor]
+Replay = Callable[[Tensor], Any]
 
 
 class _Decisions(TorchFunctionMode):
@@ -75,9 +76,11 @@ class _Decisions(TorchFunctionMode):
         x, rest = (args[0], args[1:]) if args else (kwargs.pop("input"), ())
         if self.left is not None:
             return next(self.left)(x)
-        self.smooth |= func in SMOOTH | NORMS
+        self.smooth |= func in SMOOTH | NORMS | STATISTICS
         at = x.detach()
-        if func in POOLINGS:
+        if func in STATISTICS:
+            self.taken.append(_constant(func(at, *rest, **kwargs)))
+        elif func in POOLINGS:
             self.taken.append(_chosen_pixels(func, at, rest, kwargs))
         elif func in NORMS:
             y = func(at, *rest, **kwargs)
@@ -163,6 +166,11 @@ def linearscope(model: nn.Module, image: Tensor, target: Tensor, hold: str = "ga
 
 
 linearscope.signed = True  # type: ignore[attr-defined]
+
+
+def _constant(held: Any) -> Replay:
+    """u -> what was found at x."""
+    return lambda probe: held
 
 
 def _affine(scale: Tensor, x: Tensor, y: Tensor) -> Replay:

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from saccade import SaccadeError, create_model
 from saccade.attribution.explanation import explain
+from saccade.papers.ibn_net import InstanceNorm
 from saccade.papers.linearscope import LinearSystem
 from tests.attribution.planted import auc, pictures, trained
 
@@ -76,6 +77,35 @@ def test_smooth_calls_and_norms_are_held(hold):
     system = LinearSystem(model, x, hold)
     assert not system.piecewise_linear
     assert_close(system.forward(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ibn_b_nano", "densenet_ibn_nano"])
+def test_norms_that_are_written_out_are_held_as_torchs_are(name):
+    """IBN-Net's instance norm is no call of torch's, yet its statistics are decisions too."""
+    model, x = spread(name), draw(2, 3, 32, 32)
+    system, output = LinearSystem(model, x), model(x).detach()
+    assert not system.piecewise_linear
+    scale = float(output.abs().amax())
+    assert_close(system.forward(x).detach(), output, rtol=1e-4, atol=1e-4 * scale)
+    ours, theirs = InstanceNorm(3), nn.InstanceNorm2d(3, affine=True)
+    nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    last = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    held = [LinearSystem(norm, x) for norm in (nn.Sequential(ToTokens(ours), last), nn.Sequential(theirs, last))]
+    probe = draw(2, 3, 32, 32, seed=1)
+    assert_close(held[0].apply(probe), held[1].apply(probe), rtol=1e-4, atol=1e-5)
+    assert_close(held[0].bias, held[1].bias, rtol=1e-4, atol=1e-5)
+
+
+class ToTokens(nn.Module):
+    """A norm of (B, *grid, C) on a map (B, C, H, W)."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def test_a_gain_has_no_bias_and_a_slope_has():
