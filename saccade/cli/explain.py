@@ -1,4 +1,4 @@
-"""`saccade explain`: a page that shows what a classifier looked at."""
+"""`saccade explain`, `trust`: what a classifier looked at, and which explanations of which models to believe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import app, listed
+from saccade.cli.shared import Data, Json, Strict, app, listed, print_json
 
 
 @app.command()
@@ -43,3 +43,39 @@ def explain(
         print(f"{entry['name']}: {said['name']}, {said['probability']:.1%}; "
               f"{sum(not one['failed'] for one in entry['maps'])} maps")
     print(out)
+
+
+@app.command()
+def trust(
+    data: Data,
+    models: Annotated[str, typer.Option(
+        help="Folders of `saccade train`, names, timm:NAME, torchvision:NAME or hf:NAME, with commas between.")],
+    methods: Annotated[str, typer.Option(help="Attribution methods with commas between; nine, or all.")] = "",
+    corruptions: Annotated[str, typer.Option(
+        help="What the pictures also undergo; of noise, shot, impulse, blur, brightness, contrast, pixelate, jpeg."
+    )] = "noise,blur,contrast,jpeg",
+    strength: Annotated[int, typer.Option(help="Of the corruptions, 1 to 5.")] = 3,
+    pictures: Annotated[int, typer.Option(help="Test pictures that are explained.")] = 16,
+    boxes: Annotated[Path | None, typer.Option(
+        help="Where the objects are, for the pointing game: a CSV of path, left, top, right, bottom.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="The published weights (downloaded).")] = False,
+    as_json: Json = False,
+    strict: Strict = False,
+) -> None:
+    """How well which method explains which model: pointing game, deletion and insertion, clean and corrupted."""
+    from rich.console import Console
+
+    from saccade.papers.explainable_robust import NINE
+    from saccade.tools.trust_table import Trial, judge, table
+    from saccade.tools.watch import Watch
+
+    trial = Trial(data, listed(models), listed(methods) or NINE, listed(corruptions), strength, pictures, boxes,
+                  pretrained, strict)
+    with Watch(Console(stderr=True)).bar("explaining", 1) as bar:
+        def show(text: str, done: int, total: int) -> None:
+            bar.at(done / total, text)
+        found = judge(trial, show)
+    if as_json:
+        print_json(found)
+    else:
+        print(table(found))

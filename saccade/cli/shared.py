@@ -20,7 +20,7 @@ console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isat
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Data = Annotated[
-    str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles or digits.")
+    str, typer.Argument(help="A folder with a sub-folder per class, a CSV, or the built-in tiles, planted or digits.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="A broken image is an error instead of skipped.")]
 

@@ -24,6 +24,7 @@ PHOTOGRAPHS = {
 TILES_PER_CLASS = {"train": 200, "val": 40, "test": 80}
 TILE, CELL, MARGIN = 32, 56, 4  # pixels
 PATTERN = ("train", "train", "train", "val", "test")
+PATCH = 8  # pixels of the square that decides in `planted`
 FLAT = 4.0  # standard deviation below which a tile shows nothing (night sky, the black frame of the retina)
 
 
@@ -87,9 +88,36 @@ def digits(seed: int = 0) -> Pictures:
     return Pictures(images, labels, [f"{label}/{number:04d}" for number, label in enumerate(labels)], None)
 
 
+def planted(seed: int = 0) -> Pictures:
+    """Tiles, dimmed, on which one 8x8 square decides: lying or standing stripes, or checks; the tile tells nothing.
+
+    Of each two tiles one, 1600 train, 320 val, 640 test: whoever is asked what decided must point at the square. Names
+    read `class/number-x-y`, its left upper corner (`planted_box`).
+    """
+    generator, background = np.random.default_rng(seed), tiles(seed)
+    bars = np.arange(PATCH) // 2 % 2
+    patterns = {"checks": bars[:, None] ^ bars, "lying": bars[:, None] | 0 * bars, "standing": 0 * bars[:, None] | bars}
+    assert background.splits is not None
+    images, splits = background.images[::2] // 2 + 64, background.splits[::2]
+    labels, names = [], []
+    for number, image in enumerate(images):
+        label = sorted(patterns)[int(generator.integers(len(patterns)))]
+        x, y = generator.integers(TILE - PATCH + 1, size=2).tolist()
+        image[y : y + PATCH, x : x + PATCH] = 32 + 192 * patterns[label]
+        labels.append(label)
+        names.append(f"{label}/{number:04d}-{x}-{y}")
+    return Pictures(images, labels, names, splits)
+
+
+def planted_box(name: str) -> tuple[int, int, int, int]:
+    """Left, upper, right and lower edge of the square that decides in the picture `name` of `planted`."""
+    x, y = map(int, name.split("-")[1:])
+    return x, y, x + PATCH, y + PATCH
+
+
 def _gray(pixels: Any) -> Image.Image:
     """The photograph as one gray channel; of a stereo pair the left one."""
     return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("L")
 
 
-BUILTIN: dict[str, Callable[[int], Pictures]] = {"tiles": tiles, "digits": digits}
+BUILTIN: dict[str, Callable[[int], Pictures]] = {"tiles": tiles, "digits": digits, "planted": planted}

@@ -73,7 +73,7 @@ class Item:
 def open_images(source: str | Path, *, seed: int = 0, strict: bool = False) -> ImageSet:
     """The images of a built-in set, a folder or a CSV file, every file checked, in train, val and test.
 
-    - `tiles`, `digits`: see `saccade.learn.builtin` (a folder of such a name is `./tiles`).
+    - `tiles`, `planted`, `digits`: see `saccade.learn.builtin` (a folder of such a name is `./tiles`).
     - a folder: one sub-folder per class, at any depth inside it; or train/, test/ and perhaps val/ of such sub-folders.
     - a CSV file: columns path (relative to the file) and label, perhaps split (train, val, test) and group; images of
       one group, say one patient, never stand in two splits.

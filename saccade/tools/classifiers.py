@@ -49,9 +49,18 @@ class Classifier:
 
     def shown(self, image: Tensor) -> Image.Image:
         """What the model saw, (3, H, W) normalised, as a picture."""
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
-        pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = (self.pixels(image.cpu()[None])[0] * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """What the model saw, (B, 3, H, W) normalised, in [0, 1]."""
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (image * std + mean).clamp(0, 1)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """The inverse of `pixels`."""
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def class_name(self, number: int) -> str:
         return self.classes[number] if self.classes and number < len(self.classes) else f"class {number}"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from saccade.core.errors import SaccadeError
-from saccade.learn.builtin import CELL, MARGIN, PHOTOGRAPHS, cell_split
+from saccade.learn.builtin import CELL, MARGIN, PHOTOGRAPHS, cell_split, planted_box
 from saccade.learn.data import ImageSet, open_images
 from saccade.learn.splits import draw_splits
 
@@ -110,6 +110,20 @@ def test_digits() -> None:
     assert max(np.asarray(images.train[index][0]).max() for index in range(20)) == 255
 
 
+def test_one_square_decides_a_planted_picture(tiles: ImageSet) -> None:
+    images = open_images("planted")
+    assert images.classes == ["checks", "lying", "standing"]
+    assert [len(part) for part in (images.train, images.val, images.test)] == [1600, 320, 640]
+    kinds = {kind: set() for kind in images.classes}
+    for pixels, label, name in zip(images.test.sources, images.test.labels, images.test.paths, strict=True):
+        left, top, right, bottom = planted_box(name)
+        assert (right - left, bottom - top) == (8, 8) and 0 <= left and right <= 32
+        kinds[images.classes[label]].add(pixels[top:bottom, left:right].tobytes())
+    assert all(len(squares) == 1 for squares in kinds.values()) and len(set.union(*kinds.values())) == 3
+    whole = np.stack(tiles.test.sources)[::2] // 2 + 64
+    assert ((np.stack(images.test.sources) != whole).sum((1, 2)) <= 64).all()
+
+
 # folders
 
 
@@ -200,7 +214,7 @@ def test_unknown_sources(tmp_path: Path) -> None:
     text = tmp_path / "list.txt"
     text.write_text("")
     assert message(text) == f"{text}: a file, but not a CSV (.csv) with columns path and label; give a folder or a CSV"
-    nothing = "no such folder or CSV file, and no built-in set (digits, tiles)"
+    nothing = "no such folder or CSV file, and no built-in set (digits, planted, tiles)"
     assert message("tilse") == f"tilse: {nothing}; did you mean tiles?"
     assert message("/no/where") == f"/no/where: {nothing}"
 
