@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.results import write_section
+from benchmarks.results import interval, write_section
 from saccade import SaccadeError, create_model
 from saccade.core.index import index
 from saccade.core.pretraining import KIND, pretraining
@@ -33,7 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # decoders and heads as narrow as the ho
 }
 SIDE, SEEDS, PICTURES = 32, 3, 640
 STEPS, BATCH = 600, 64  # a minute or so on a core; half of it teaches MAE less than random weights know
-STUDENT = 4.303  # 97.5 % point of Student's t for three seeds
 
 
 def some(split: Split, count: int) -> Split:
@@ -72,11 +71,6 @@ def trained(method: str, name: str, images: ImageSet, seed: int) -> nn.Module:
 
     with tempfile.TemporaryDirectory() as folder:
         return fit(make, images.train, images.fingerprint, recipe, Path(folder)).model
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval."""
-    return float(np.mean(values)), float(STUDENT * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def main() -> None:

@@ -1,8 +1,12 @@
-"""The sections of RESULTS.md, each between two markers; what stands around a section is kept."""
+"""The sections of RESULTS.md, each between two markers (what stands around a section is kept), and their intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from scipy import stats
 
 from saccade.core.files import write_whole
 
@@ -17,3 +21,9 @@ def write_section(name: str, text: str) -> None:
         old = f"{old.rstrip()}\n\n{begin}\n{end}\n"
     before, _, rest = old.partition(begin)
     write_whole(RESULTS, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t)."""
+    spread = np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * spread)
