@@ -37,7 +37,7 @@ from saccade.parts.mlp import Gelu
 from saccade.parts.pyramid import drop_path_rates
 from saccade.parts.restoration.body import SKELETON, Group, SuperResolver
 from saccade.parts.tokens import strided_tokens, token_numbers
-from saccade.parts.window import masked, region_mask
+from saccade.parts.window import attend_windows, region_mask
 
 CARD = Card(
     "Recursive Generalization Transformer for Image Super-Resolution",
@@ -109,17 +109,16 @@ class RectangleWindow(nn.Module):
         shift = tuple(side // 2 if self.shift else 0 for side in window)
         if self.shift:
             qkv = shifted(qkv, tuple(-step for step in shift))
-        windows = partition(qkv, window)
-        q, k, v = windows.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias[number]()
-        if self.shift:
-            bias = masked(bias, region_mask(padded, window, shift, qkv.device).to(bias.dtype), len(windows))
+        qkv = partition(qkv, window)  # under one name, so that what came before is freed
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = region_mask(padded, window, shift, qkv.device) if self.shift else None
 
         def where() -> tuple[Tensor, Tensor]:
             tokens = window_tokens(grid, window, shift, qkv.device, padded)
             return tokens, tokens
 
-        out = merge(attend(q, k, v, bias, where=where).transpose(1, 2).flatten(2), window, padded)
+        out = attend_windows(q, k, v, self.bias[number](), mask, where).transpose(1, 2).flatten(2)
+        out = merge(out, window, padded)
         return shifted(out, shift) if self.shift else out
 
     def reach(self, site: Site) -> tuple[int, ...]:

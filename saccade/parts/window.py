@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.core.record import Where, recording
 from saccade.core.site import Site
 from saccade.ops.attend import attend
 from saccade.ops.tables import table
@@ -19,6 +20,8 @@ from saccade.ops.window import (
     window_tokens,
 )
 from saccade.parts.attention import check_heads
+
+LAID = 2**21  # numbers of masked biases that are laid out at once, in evaluation
 
 
 class RelativeBias(nn.Module):
@@ -74,15 +77,13 @@ class WindowAttention(nn.Module):
         """Attention inside windows (B x G, N, C); `mask` (G, N, N) is added to the logits of each window."""
         G, N, C = windows.shape
         q, k, v = self.qkv(windows).view(G, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        bias = self.bias() if self.bias is not None else None
-        if mask is not None:
-            bias = masked(bias, mask.to(windows.dtype), G)
 
         def where() -> tuple[Tensor, Tensor]:
             tokens = window_tokens(grid, self.window, shift, windows.device)
             return tokens, tokens
 
-        out = attend(q, k, v, bias, where=where)
+        bias = self.bias() if self.bias is not None else None
+        out = attend_windows(q, k, v, bias, mask, where)
         return self.proj(out.transpose(1, 2).reshape(G, N, C))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,6 +124,28 @@ class ShiftingAttention(WindowAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attend_shifted(x, self.shift) if self.shift else super().forward(x)
+
+
+def attend_windows(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, where: Where | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias + mask) v in windows: q (B x G, heads, N, d), bias (heads, N, N), mask (G, N, N).
+
+    Masked biases of all windows take as much memory as the weights that fused attention never writes. So where no
+    gradient is taken they are laid out for some windows at a time.
+    """
+    if mask is None:
+        return attend(q, k, v, bias, where=where)
+    mask = mask.to(q.dtype)
+    free = not all(isinstance(side, int) for side in q.shape)
+    whole = free or torch.is_grad_enabled() or recording() or torch.compiler.is_compiling()
+    some = LAID // (q.shape[1] * q.shape[2] ** 2) or 1
+    if whole or len(q) <= some:
+        return attend(q, k, v, masked(bias, mask, len(q)), where=where)
+    images = zip(*(x.split(len(mask)) for x in (q, k, v)), strict=True)
+    parts = [part for image in images for part in zip(*(x.split(some) for x in (*image, mask)), strict=True)]
+    out = [attend(q, k, v, masked(bias, mask, len(q))).transpose(1, 2) for q, k, v, mask in parts]
+    return torch.cat(out).transpose(1, 2)
 
 
 def masked(bias: Tensor | None, mask: Tensor, windows: int) -> Tensor:
