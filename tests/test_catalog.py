@@ -57,7 +57,7 @@ def test_public_names_and_commands_are_a_visible_act():
     for group, application in groups.items():
         for command in application.registered_commands:
             name = group + (command.name or command.callback.__name__)
-            commands[name] = [key for key in command.callback.__annotations__ if key != "return"]
+            commands[name] = [key for key in command.callback.__annotations__ if key not in ("return", "context")]
     names = {"names": sorted(saccade.__all__), "golden": sorted(saccade.golden.__all__)}
     surface = names | {"commands": commands}
     assert surface == json.loads((ROOT / "tests" / "surface.json").read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from saccade.cli import browse, classify, explain, pretrain, use, weights  # noqa: F401  their commands, in this order
+from saccade.cli import browse, classify, explain, pretrain, train, use, weights  # noqa: F401, I001  in this order
 from saccade.cli.shared import app
 from saccade.core.errors import SaccadeError
 

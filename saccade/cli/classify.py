@@ -1,4 +1,4 @@
-"""`saccade compare`, `train`, `eval`, `predict`: classifiers on one's own pictures."""
+"""`saccade compare`, `eval`, `predict`: classifiers on one's own pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app, console, listed, print_json
+from saccade.cli.shared import Data, Json, Strict, app, console, listed, print_json
 
 
 @app.command()
@@ -44,46 +44,6 @@ def compare(
     run(Contest(data=data, models=listed(models), img_size=img_size, epochs=epochs, budget=budget, seeds=seeds, out=out,
                 mixers=listed(mixers), start=start, strict=strict, batch_size=batch_size, apply=split_methods(apply),
                 checkpoint=listed(checkpoint)))
-
-
-@app.command()
-def train(
-    data: Data,
-    model: Annotated[str, typer.Option(help="Registered model.")],
-    out: Annotated[Path, typer.Option(help="Folder for weights, metrics and settings; the same command resumes.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Start from these weights, a file or a folder (the head anew).")
-    ] = None,
-    epochs: Annotated[int, typer.Option()] = 20,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    img_size: Annotated[int, typer.Option(help="Side of the square pictures, pixels.")] = 32,
-    drop_path_rate: Annotated[float, typer.Option()] = 0.0,
-    devices: Devices = 1,
-    nodes: Nodes = 1,
-    strategy: Strategy = "auto",
-    seed: Annotated[int, typer.Option()] = 0,
-    strict: Strict = False,
-) -> None:
-    """Train one model on a set of images."""
-    from saccade.learn import runs
-    from saccade.learn.loop import Machines, Progress, first_process
-    from saccade.learn.train import Recipe
-    from saccade.tools.watch import Watch
-
-    watch = Watch()
-    recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, img_size=img_size, seed=seed,
-                    drop_path_rate=drop_path_rate)
-    with watch.bar(f"training {model}", epochs) as bar:
-        def show(now: Progress) -> None:
-            bar.at(now.epoch - 1 + now.step / now.steps, f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
-        found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict,
-                           machines=Machines(devices, nodes, strategy), progress=show)
-    if not first_process():
-        return
-    for note in found["data"]["notes"]:
-        watch.line(f"note: {note}")
-    watch.line(f"{model}: validation {found['val']['accuracy']:.1%}, test {found['test']['accuracy']:.1%}; in {out}")
 
 
 @app.command("eval")

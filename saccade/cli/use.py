@@ -17,8 +17,12 @@ from saccade.core.errors import SaccadeError
 def restore(
     source: Annotated[Path, typer.Argument(help="A picture (PNG, JPEG, WebP, TIFF), or a folder of them.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write; the same command resumes a folder.")],
-    model: Annotated[str, typer.Option(help="Registered model of restoration, as in hat_x4.")],
-    checkpoint: Annotated[Path, typer.Option(help="Its weights: the authors' file, or ours.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Weights: a folder that `saccade train` made, the authors' file, or ours.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Registered model of restoration, as in hat_x4, where no folder says it.")
+    ] = None,
     tile: Annotated[int, typer.Option(help="Side of the squares that the network sees, pixels.")] = 256,
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring squares share.")] = 32,
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Mean over its eight turns.")] = False,

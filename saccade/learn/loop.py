@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from saccade.core.errors import SaccadeError
 from saccade.core.files import fill_whole, write_whole
 from saccade.core.optional import optional
 from saccade.learn.reproducible import claim, describe, reproducible, seed_of, tensors
-from saccade.learn.transforms import Squares, normalise
 
 fabric = optional("lightning.fabric", extra="train")
 strategies = optional("lightning.fabric.strategies", extra="train")
@@ -44,22 +43,39 @@ class BaseRecipe:
     epochs: int = 20
     batch_size: int = 64  # pictures a step, over all processes
     learning_rate: float = 1e-3  # of AdamW, at the end of the warm-up; falls to 0 along a cosine
-    img_size: int = 32
     seed: int = 0
     weight_decay: float = 0.05
     warmup: float = 1.0  # epochs of linear rise, at most half of all
     clip: float = 1.0  # largest norm of a gradient
     accumulate: int = 1  # parts that a process works through one after the other before each step
     precision: str = "32-true"  # or bf16-mixed
+
+    def __post_init__(self) -> None:
+        self.above_zero("epochs", "batch_size", "learning_rate", "accumulate")
+        if self.precision not in PRECISIONS:
+            raise SaccadeError(f"precision is {self.precision!r}: choose {' or '.join(PRECISIONS)}")
+
+    def above_zero(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise SaccadeError(f"{name} is {getattr(self, name)}: it must be above 0")
+
+    def batch_at(self, epoch: int) -> int:
+        """Pictures a step in an epoch (from 0)."""
+        return self.batch_size
+
+
+@dataclass(frozen=True)
+class SquaresRecipe(BaseRecipe):
+    """The same where whole pictures are shown, as normalised squares."""
+
+    img_size: int = 32
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "img_size", "accumulate"):
-            if not getattr(self, name) > 0:
-                raise SaccadeError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.precision not in PRECISIONS:
-            raise SaccadeError(f"precision is {self.precision!r}: choose {' or '.join(PRECISIONS)}")
+        super().__post_init__()
+        self.above_zero("img_size")
 
 
 @dataclass(frozen=True)
@@ -121,17 +137,30 @@ class Progress:
     val_accuracy: float | None  # after the epoch before, where there is one
 
 
+class Pictures(Protocol):
+    """What an epoch shows: what is i-th in it follows from the epoch's seed, not from who asks, nor when.
+
+    However long an epoch is (`begin` may change it with the batch), it has as many steps as the others.
+    """
+
+    def begin(self, epoch: int, seed: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def loader(self, batch_size: int, sampler: Sampler[int]) -> DataLoader[Any]: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned.
 
-    `loss(network, images, labels)` gives named scalars, "loss" among them, of normalised pictures; `measure(network)`
-    what else is noted after an epoch, the network in evaluation mode. `kept` names the module inside `network` whose
-    weights are the result ("": all of it).
+    `loss(network, *batch)` gives named scalars, "loss" among them, of a batch (inputs, targets) as the loader makes it;
+    `measure(network)` what else is noted after an epoch, the network in evaluation mode. `kept` names the module inside
+    `network` whose weights are the result ("": all of it).
     """
 
     network: nn.Module
-    pictures: Squares
+    pictures: Pictures
     fingerprint: str
     loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
     measure: Callable[[nn.Module], dict[str, float]]
@@ -195,15 +224,12 @@ def _train(
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
     """Train the epochs that the checkpoint lacks, in place; returns the state with curves and seconds."""
-    squares, processes = task.pictures, runner.world_size
-    if recipe.batch_size % processes:
-        raise SaccadeError(f"a batch of {recipe.batch_size} cannot be shared by {processes} processes: choose a "
-                           "multiple of their number")
-    sampler: DistributedSampler[int] = DistributedSampler(
-        squares, processes, runner.global_rank, seed=seed_of(recipe.seed) >> 2, drop_last=True
-    )
-    loader = squares.loader(min(recipe.batch_size // processes, len(sampler)), sampler)
-    steps = len(loader)
+    processes = runner.world_size
+    for batch in {recipe.batch_at(epoch) for epoch in range(recipe.epochs)}:
+        if batch % processes:
+            raise SaccadeError(f"a batch of {batch} cannot be shared by {processes} processes: choose a multiple of "
+                               "their number")
+    steps = len(_epoch(runner, task.pictures, recipe, 0))
 
     network = runner.setup_module(task.network)
     optimizer = timm_optim.create_optimizer_v2(task.network, "adamw", recipe.learning_rate, recipe.weight_decay)
@@ -226,14 +252,13 @@ def _train(
     for epoch in range(len(curves["epoch"]), recipe.epochs):
         began = time.perf_counter()
         torch.manual_seed(seed_of(recipe.seed, epoch, runner.global_rank))
-        squares.reseed(seed_of(recipe.seed, epoch))
-        sampler.set_epoch(epoch)
+        loader = _epoch(runner, task.pictures, recipe, epoch)
         network.train()
         means: dict[str, Any] = {}
         for step, batch in enumerate(loader):
-            pixels, labels = runner.to_device(batch)
+            inputs, targets = runner.to_device(batch)
             schedule.step_update(epoch * steps + step)
-            values = _gradients(runner, network, task, recipe, normalise(pixels, recipe.mean, recipe.std), labels)
+            values = _gradients(runner, network, task, recipe, inputs, targets)
             check_finite(values["loss"], epoch, step, recipe)
             runner.clip_gradients(network, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
             optimizer.step()
@@ -261,14 +286,25 @@ def _train(
     return state
 
 
+def _epoch(runner: Any, pictures: Pictures, recipe: BaseRecipe, epoch: int) -> DataLoader[Any]:
+    """This process's share of an epoch's batches."""
+    processes = runner.world_size
+    pictures.begin(epoch, seed_of(recipe.seed, epoch))
+    sampler: DistributedSampler[int] = DistributedSampler(
+        cast(Any, pictures), processes, runner.global_rank, seed=seed_of(recipe.seed) >> 2, drop_last=True
+    )
+    sampler.set_epoch(epoch)
+    return pictures.loader(min(recipe.batch_at(epoch) // processes, len(sampler)), sampler)
+
+
 def _gradients(
-    runner: Any, network: nn.Module, task: Task, recipe: BaseRecipe, images: Tensor, labels: Tensor
+    runner: Any, network: nn.Module, task: Task, recipe: BaseRecipe, inputs: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     """The named scalars of a batch, its gradient left in the parameters; worked through in parts."""
     totals: dict[str, Tensor] = {}
-    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
     for number, (some, theirs) in enumerate(parts):
-        share = len(some) / len(images)
+        share = len(some) / len(inputs)
         waits = runner.world_size > 1 and number + 1 < len(parts)
         with runner.no_backward_sync(network, enabled=waits):
             values = task.loss(network, some, theirs)

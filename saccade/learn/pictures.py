@@ -35,6 +35,7 @@ class Checked(NamedTuple):
     thumb: NDArray[np.uint8] | None = None
     transparent: bool = False
     deep: bool = False  # 16 bits a pixel
+    size: tuple[int, int] = (0, 0)  # width and height, turned as EXIF says
 
 
 def read_image(source: Path | NDArray[np.uint8]) -> Image.Image:
@@ -63,14 +64,16 @@ def check_picture(path: Path) -> Checked:
                 if min(image.size) < SMALLEST:
                     width, height = image.size
                     return Checked(f"{width}x{height} pixels are too few, {SMALLEST}x{SMALLEST} is the least")
+                turned = image.getexif().get(0x0112, 1) > 4  # a quarter, to one side or the other
+                size = (image.height, image.width) if turned else image.size
                 transparent, deep = image.has_transparency_data, image.mode.startswith("I")
                 image.draft(None, (64, 64))  # a JPEG is decoded to its end, but at a fraction of the cost
                 small = _as_rgb(image).resize(THUMB, Image.Resampling.BILINEAR, reducing_gap=2.0)
             file.seek(0)
-            checksum, size = 0, 0
+            checksum, count = 0, 0
             for block in iter(partial(file.read, 1 << 20), b""):
-                checksum, size = zlib.crc32(block, checksum), size + len(block)
-        return Checked("", f"{size}:{checksum:08x}", np.asarray(small), transparent, deep)
+                checksum, count = zlib.crc32(block, checksum), count + len(block)
+        return Checked("", f"{count}:{checksum:08x}", np.asarray(small), transparent, deep, size)
     except Exception as error:  # decoders of broken files raise whatever they like
         return Checked(_reason(error))
 
@@ -97,7 +100,8 @@ def check_pictures(paths: Sequence[Path], names: Sequence[str], *, strict: bool)
                 bar.update(task, completed=len(results))
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.stop()
+        if shown:
+            bar.stop()
     return results
 
 

@@ -17,7 +17,7 @@ from saccade.core.pretraining import Objective
 from saccade.learn.average import follow
 from saccade.learn.data import Split
 from saccade.learn.features import features, spread
-from saccade.learn.loop import BaseRecipe, Machines, Outcome, Progress, Task, run
+from saccade.learn.loop import Machines, Outcome, Progress, SquaresRecipe, Task, run
 from saccade.learn.transforms import Squares, normalise
 
 v2 = optional("torchvision.transforms.v2", extra="train")
@@ -26,7 +26,7 @@ WATCHED = 256  # pictures whose features are measured after each epoch
 
 
 @dataclass(frozen=True)
-class Recipe(BaseRecipe):
+class Recipe(SquaresRecipe):
     """All that decides a pre-training besides the objective and the pictures."""
 
     average: float = 0.0  # of the moving average of the weights, which is then the result; 0: the weights themselves
@@ -60,8 +60,8 @@ def fit(
     """
     measured = Split(pictures.sources[:WATCHED], pictures.labels[:WATCHED], pictures.paths[:WATCHED])
 
-    def loss(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = network(images)
+    def loss(network: nn.Module, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = network(normalise(pixels, recipe.mean, recipe.std))
         return found
 
     def measure(network: nn.Module) -> dict[str, float]:

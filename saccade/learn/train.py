@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.optional import optional
-from saccade.learn.loop import BaseRecipe, Machines, Outcome, Progress, Task, run
+from saccade.learn.loop import Machines, Outcome, Progress, SquaresRecipe, Task, run
 from saccade.learn.transforms import Squares, normalise, training_transform
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ torchmetrics = optional("torchmetrics", extra="train")
 
 
 @dataclass(frozen=True)
-class Recipe(BaseRecipe):
+class Recipe(SquaresRecipe):
     """All that decides a run's result besides the model and the images (defaults: small pictures, from scratch)."""
 
     drop_path_rate: float = 0.0  # what make_model builds with: a change of it is another run
@@ -49,8 +49,9 @@ def fit(
     """
     truth = torch.tensor(images.val.labels)
 
-    def loss(network: nn.Module, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(network(pictures), labels, label_smoothing=recipe.label_smoothing)}
+    def loss(network: nn.Module, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = network(normalise(pixels, recipe.mean, recipe.std))
+        return {"loss": F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)}
 
     def measure(network: nn.Module) -> dict[str, float]:
         logits = outputs(network, Squares(images.val, recipe.img_size), recipe.batch_size, recipe.mean, recipe.std)

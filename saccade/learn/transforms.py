@@ -85,8 +85,8 @@ class Squares(Dataset[tuple[Tensor, int]]):
             generator.set_state(state)
         return pixels, self.split.labels[i]
 
-    def reseed(self, seed: int) -> None:
-        """Draw every picture's seed anew (once an epoch)."""
+    def begin(self, epoch: int, seed: int) -> None:
+        """Draw every picture's seed anew."""
         generator = torch.Generator().manual_seed(seed)
         self.seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
 

@@ -23,6 +23,7 @@ from saccade.core.load import load
 from saccade.learn.restoration.patches import pictures_in
 from saccade.learn.restoration.pictures import check_holds, read_picture, write_picture
 from saccade.learn.restoration.restore import Tiles, restore_picture
+from saccade.learn.restoration.runs import opened, restores
 from saccade.learn.restoration.tiling import Network, check_tiles
 from saccade.tools.watch import Bar, Watch
 
@@ -35,7 +36,7 @@ class Restoration:
 
     source: Path
     target: Path
-    model: str
+    model: str | None  # None: as the checkpoint says, a folder that `saccade train` made
     checkpoint: Path
     tiles: Tiles = Tiles()
     force: bool = False
@@ -48,10 +49,11 @@ def restore(job: Restoration, watch: Watch) -> list[Path]:
     where nothing can be written any more, and at the end of a folder some of whose pictures could not be restored.
     """
     pairs = _pairs(job)
-    model = open_restorer(job.model, job.checkpoint)
+    name, weights = opened(job.checkpoint, job.model)
+    model = open_restorer(name, weights)
     check_tiles(job.tiles.tile, job.tiles.overlap, getattr(model, "multiple", 1))
     if job.source.is_dir():
-        _claim(job)
+        _claim(job, name, weights)
     written, failures, kept = [], 0, 0
     with watch.bar("restoring", len(pairs)) as bar:
         for number, (source, target) in enumerate(pairs):
@@ -107,9 +109,8 @@ def open_restorer(name: str, checkpoint: Path) -> Network:
 
     Raises SaccadeError for another kind of model, and for a checkpoint that does not fit, with the name that it fits.
     """
-    known = index()["papers"]
-    if "restoration" not in known[model_paper(name)]["kinds"]:
-        models = [one for card in known.values() if "restoration" in card["kinds"] for one in card["models"]]
+    if not restores(name):
+        models = [one for one in index()["models"] if restores(one)]
         raise SaccadeError(f"{name} does not restore pictures; these do: {', '.join(sorted(models))}")
     model: Any = create_model(name)
     state = read_checkpoint(checkpoint)
@@ -159,10 +160,10 @@ def _pairs(job: Restoration) -> list[tuple[Path, Path]]:
     return [(source, target)]
 
 
-def _claim(job: Restoration) -> None:
+def _claim(job: Restoration, name: str, weights: Path) -> None:
     """Write how the results in this folder are made, or make sure that those in it were made in the same way."""
-    weights = job.checkpoint.name if job.checkpoint.is_dir() else sha256_of(job.checkpoint)
-    mine = {"model": resolve_model(job.model), "checkpoint": weights, "tile": job.tiles.tile,
+    said = weights.name if weights.is_dir() else sha256_of(weights)
+    mine = {"model": resolve_model(name), "checkpoint": said, "tile": job.tiles.tile,
             "overlap": job.tiles.overlap, "self_ensemble": job.tiles.ensemble}
     path = job.target / SETTINGS
     try:

@@ -118,12 +118,12 @@ def test_loss_that_is_not_finite(pictures, tmp_path):
 
 def test_views_are_independent_crops(pictures):
     squares = Squares(pictures, 16, views_transform(16, 3, RECIPE), side=24)
-    squares.reseed(0)
+    squares.begin(0, 0)
     views, _ = squares[2]
     assert views.shape == (3, 3, 16, 16) and not torch.equal(views[0], views[1])
     assert torch.equal(views, squares[2][0])
     one = Squares(pictures, 16, views_transform(16, 1, RECIPE), side=24)
-    one.reseed(0)
+    one.begin(0, 0)
     assert one[2][0].shape == (3, 16, 16)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from saccade.learn.loop import Machines
-from tests.learn.processes import STRATEGIES, both
+from tests.learn.processes import STRATEGIES, all_kinds
 
 
 @pytest.mark.slow
@@ -20,8 +20,8 @@ def test_two_processes_are_one(tmp_path):
                "tests.learn.processes", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    both(tmp_path / "one", Machines())
-    for what in ("train", "pretrain"):
+    all_kinds(tmp_path / "one", Machines())
+    for what in ("train", "pretrain", "restoration"):
         whole = json.loads((tmp_path / "one" / what / "curves.json").read_text())["curves"]
         weights = load_file(tmp_path / "one" / what / "weights.safetensors")
         for strategy in STRATEGIES:

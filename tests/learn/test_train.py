@@ -296,12 +296,12 @@ def test_evaluation_transform_takes_the_central_square():
 
 def test_augmentation_belongs_to_picture_and_epoch(images):
     squares = Squares(images.train, 8, training_transform(8, replace(RECIPE, flip=True)))
-    squares.reseed(1)
+    squares.begin(0, 1)
     first = [squares[i][0] for i in (3, 4, 5)]
     state = torch.get_rng_state()
     assert torch.equal(squares[4][0], first[1])
     assert torch.equal(torch.get_rng_state(), state)
-    squares.reseed(2)
+    squares.begin(0, 2)
     assert not torch.equal(squares[4][0], first[1])
     assert first[0].shape == (3, 8, 8) and first[0].dtype == torch.uint8
     assert training_transform(8, replace(RECIPE, augment=False)) is None

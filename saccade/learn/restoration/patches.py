@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from saccade.learn.pictures import read_image
 from saccade.learn.reproducible import seed_of
 from saccade.learn.restoration.degradations import Degradation
 from saccade.learn.restoration.pictures import SUFFIXES
+from saccade.learn.transforms import CACHE_BYTES
 
 Source = Path | NDArray[np.uint8]
+Pair = tuple[NDArray[np.uint8], NDArray[np.uint8] | None]  # a clean picture (C, H, W), its degraded partner
 MARGIN = 16  # degraded pixels around a patch, so that what a degradation does at borders stays outside
 
 
@@ -28,13 +29,14 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
 
     Which picture, where, turned and mirrored how, and all random numbers of the degradation follow from (seed, number)
     alone. `clean` are files or arrays (H, W, 3) uint8; what they become is `how`, a degradation, or the list of their
-    degraded partners. A patch of a degradation is cut with a margin and degraded with it. Raises SaccadeError for no
-    picture, and where a pair does not fit.
+    degraded partners. A patch of a degradation is cut with a margin and degraded with it. Files are decoded at each
+    use, or once and kept where their `pixels`, told in advance, are few. Raises SaccadeError for no picture, and where
+    a pair does not fit.
     """
 
     def __init__(
         self, clean: Sequence[Source], how: Degradation | Sequence[Source], *, scale: int = 0, channels: int = 3,
-        seed: int = 0,
+        seed: int = 0, pixels: int | None = None,
     ) -> None:
         if not len(clean):
             raise SaccadeError("there is no picture to train on")
@@ -42,10 +44,13 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         self.scale = scale or getattr(how, "scale", 1)
         if isinstance(how, Sequence) and len(how) != len(clean):
             raise SaccadeError(f"{len(clean)} clean and {len(how)} degraded pictures make no pairs")
+        self.kept: list[Pair] | None = None
+        if all(isinstance(one, np.ndarray) for one in clean) or (pixels or CACHE_BYTES) * channels < CACHE_BYTES:
+            self.kept = [self._opened(which) for which in range(len(clean))]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names (of arrays: contents) and of how pictures are degraded: other patches have another."""
+        """A hash of names and sizes (of arrays: contents) and of how pictures are degraded."""
         how = _said(self.how) if isinstance(self.how, Sequence) else repr(self.how)
         said = repr((_said(self.clean), how, self.scale, self.channels, self.seed))
         return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -64,19 +69,22 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
             above, beside = min(top, MARGIN), min(left, MARGIN)
             area = (slice((top - above) * self.scale, min(top + side + MARGIN, height) * self.scale),
                     slice((left - beside) * self.scale, min(left + side + MARGIN, width) * self.scale))
-            degraded = self.how(_numbers(clean[(slice(None), *area)]), generator)
+            degraded = self.how(numbers(clean[(slice(None), *area)]), generator)
             cut = degraded[:, above:above + side, beside:beside + side]
         elif partner is not None:
-            cut = _numbers(partner[:, top:top + side, left:left + side])
-        truth = _numbers(clean[:, top * self.scale:(top + side) * self.scale,
+            cut = numbers(partner[:, top:top + side, left:left + side])
+        truth = numbers(clean[:, top * self.scale:(top + side) * self.scale,
                                left * self.scale:(left + side) * self.scale])
         return _turned(cut, turns, flipped), _turned(truth, turns, flipped)
 
-    def _read(self, which: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-        clean = _planes(self.clean[which], self.channels)
+    def _read(self, which: int) -> Pair:
+        return self._opened(which) if self.kept is None else self.kept[which]
+
+    def _opened(self, which: int) -> Pair:
+        clean = decoded(self.clean[which], self.channels)
         if not isinstance(self.how, Sequence):
             return clean, None
-        degraded = _planes(self.how[which], self.channels)
+        degraded = decoded(self.how[which], self.channels)
         if tuple(self.scale * side for side in degraded.shape[1:]) != clean.shape[1:]:
             raise SaccadeError(f"{self._name(which)}: {clean.shape[2]}x{clean.shape[1]} pixels are not {self.scale} "
                                f"times the {degraded.shape[2]}x{degraded.shape[1]} of its partner")
@@ -107,26 +115,19 @@ def pairs_in(clean: Path, degraded: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _said(sources: Sequence[Source]) -> list[str]:
-    return [str(one) if isinstance(one, Path) else hashlib.sha256(one.tobytes()).hexdigest() for one in sources]
+    return [f"{one.name}, {one.stat().st_size}" if isinstance(one, Path)
+            else hashlib.sha256(one.tobytes()).hexdigest() for one in sources]
 
 
-def _planes(source: Source, channels: int) -> NDArray[np.uint8]:
-    """(C, H, W); the last files are kept."""
-    return _kept(source, channels) if isinstance(source, Path) else _decoded(source, channels)
-
-
-@lru_cache(maxsize=64)
-def _kept(source: Path, channels: int) -> NDArray[np.uint8]:
-    return _decoded(source, channels)
-
-
-def _decoded(source: Source, channels: int) -> NDArray[np.uint8]:
+def decoded(source: Source, channels: int) -> NDArray[np.uint8]:
+    """A picture (C, H, W), C 1 or 3."""
     image = read_image(source)
     pixels = np.asarray(image if channels == 3 else image.convert("L"))
     return np.ascontiguousarray(np.moveaxis(pixels if pixels.ndim == 3 else pixels[..., None], -1, 0))
 
 
-def _numbers(planes: NDArray[np.uint8]) -> Tensor:
+def numbers(planes: NDArray[np.uint8]) -> Tensor:
+    """In [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(planes)).float() / 255
 
 

@@ -1,173 +1,157 @@
-"""Training a network that restores pictures, so that the result depends on the recipe alone.
+"""Training a network that restores pictures, along the library's one training path.
 
-A recipe is a list of stages, each so many steps on patches of one size: progressive training lets patches grow and
-batches shrink (Zamir et al., Restormer, 2022). Same-task pre-training (HAT) is the same `fit` on more pictures first,
-whose weights the second starts from. The weights kept are a moving average of those trained.
+Patches may grow while batches shrink, so that a step sees about as many pixels throughout: progressive training
+(Zamir et al., Restormer, 2022). Same-task pre-training (HAT) is the same `fit` on more pictures first, whose weights
+the second starts from. The weights kept are a moving average of those trained.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from saccade.core.errors import SaccadeError
-from saccade.core.files import fill_whole, write_whole
 from saccade.learn.average import follow
-from saccade.learn.reproducible import claim, describe, reproducible, seed_of, tensors
+from saccade.learn.loop import BaseRecipe, Machines, Outcome, Progress, Task, run
+from saccade.learn.reproducible import seed_of
 from saccade.learn.restoration.losses import weighted
+from saccade.learn.restoration.measures import quality
 from saccade.learn.restoration.patches import Patches
+from saccade.learn.restoration.tiling import Restore
+from saccade.learn.transforms import WORKERS
 
-Key = tuple[int, int]  # number and side of a patch
-
-
-@dataclass(frozen=True)
-class Stage:
-    """So many steps on batches of square patches; `patch` in pixels of the network's input."""
-
-    steps: int
-    patch: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise SaccadeError(f"{name} is {value}: a stage needs 1 or more")
+Held = Sequence[tuple[Tensor, Tensor]]  # degraded (1, C, h, w) and clean (1, C, scale h, scale w) pictures
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that decides a run besides the network and the pictures (defaults: a narrow network, minutes)."""
+class Recipe(BaseRecipe):
+    """All that decides a run besides the network and the pictures (defaults: a narrow network, minutes).
 
-    stages: tuple[Stage, ...] = (Stage(1000, 48, 8),)
-    learning_rate: float = 1e-3  # of Adam, falls to 0 along a cosine; HAT's own is 2e-4
-    warmup: int = 50  # steps of linear rise
+    An epoch is `steps` steps on patches that were never seen before.
+    """
+
+    epochs: int = 10
+    batch_size: int = 8  # patches a step, while they have the first of their sizes
+    weight_decay: float = 0.0
+    steps: int = 200
+    patches: tuple[int, ...] = (48,)  # sides in pixels of the network's input, an equal share of the epochs for each
     losses: dict[str, float] = field(default_factory=lambda: {"l1": 1.0})
     average: float = 0.999  # of the moving average; less in the first steps
-    clip: float = 1.0  # largest norm of a gradient
-    seed: int = 0
 
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.above_zero("steps")
+        weighted(self.losses)
+        if not self.patches or min(self.patches) < 1 or len(self.patches) > self.epochs:
+            raise SaccadeError(f"patches are {list(self.patches)}: sides above 0, and at most one for each of the "
+                               f"{self.epochs} epochs")
+        if not 0 <= self.average < 1:
+            raise SaccadeError(f"average is {self.average}: it must be at least 0 and below 1")
 
+    def patch_at(self, epoch: int) -> int:
+        """The side of an epoch's patches."""
+        return self.patches[epoch * len(self.patches) // self.epochs]
 
-@dataclass(frozen=True)
-class Step:
-    """Where a run stands; steps count from 1."""
-
-    step: int
-    steps: int
-    loss: float
+    def batch_at(self, epoch: int) -> int:
+        """As many patches as have the pixels of a first batch, rounded, at least one."""
+        return max(1, round(self.batch_size * (self.patches[0] / self.patch_at(epoch)) ** 2))
 
 
 def fit(
-    make_model: Callable[[], nn.Module],
+    make_model: Callable[[], Any],
     patches: Patches,
     recipe: Recipe,
     folder: Path,
     *,
-    start: Path | None = None,
-    keep_every: int = 200,
-    workers: int = 0,
-    progress: Callable[[Step], None] | None = None,
-) -> nn.Module:
-    """Train `make_model()`, from the weights in `start` where given; goes on where an earlier call was stopped.
+    held: Held = (),
+    machines: Machines | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Train `make_model()`, fresh or with loaded weights; goes on where an earlier call was stopped.
 
-    The folder receives recipe.json, last.ckpt (every `keep_every` steps), then weights.safetensors and losses.json; a
-    finished folder is read, not trained again. Returns the moving average, in evaluation mode. `workers` processes cut
-    patches. Raises SaccadeError where the loss is not finite, or the folder holds another run.
+    The folder receives what `train.fit` leaves, weights.safetensors being those of the moving average. After each epoch
+    the curves tell PSNR and SSIM on `held` pictures, as `val_psnr_y`, `val_ssim_rgb`, ... Raises SaccadeError where the
+    loss is not finite, the folder holds another run, or patches do not fit the network.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, checkpoint = folder / "weights.safetensors", folder / "last.ckpt"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with reproducible():
-        torch.manual_seed(seed_of(recipe.seed))
+    loss_of = weighted(recipe.losses)
+
+    def loss(network: nn.Module, degraded: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        made = network(degraded)
+        stages = made if isinstance(made, list) else [[made]]
+        parts = [loss_of(picture, truth if picture.shape == truth.shape else
+                         F.interpolate(truth, size=picture.shape[2:], mode="bilinear"))
+                 for stage in stages for picture in stage]
+        return {"loss": torch.stack(parts).sum()}
+
+    def make() -> Task:
         model = make_model()
-        if start is not None:
-            model.load_state_dict(load_file(start))
         if patches.scale != model.scale or patches.channels != model.in_chans:
             raise SaccadeError(f"patches of scale {patches.scale} with {patches.channels} channels do not fit a "
                                f"network of scale {model.scale} with {model.in_chans}")
-        claim(folder / "recipe.json", asdict(recipe) | {"patches": patches.fingerprint, "model": describe(model)})
-        if not weights.exists():
-            run = _Run(model.to(device), recipe, checkpoint)
-            run.train(patches, keep_every, workers, progress)
-            write_whole(folder / "losses.json", json.dumps(run.losses))
-            fill_whole(weights, lambda part: save_file(tensors(run.average), part))
-    checkpoint.unlink(missing_ok=True)
-    model.load_state_dict(load_file(weights))
-    return model.to(device).eval()
+        network = _Network(model)
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            device = next(network.parameters()).device
+            found = measured(lambda image: network(image.to(device)).float().cpu(), held, model.scale)
+            return {f"val_{name}": value for name, value in found.items()}
+
+        def after_step(share: float) -> None:
+            done = round(share * recipe.steps * recipe.epochs)
+            follow(network.average, network.model, min(recipe.average, done / (9 + done)))
+
+        return Task(network, _Epochs(patches, recipe), patches.fingerprint, loss, measure, after_step, "average")
+
+    return run(make, recipe, folder, machines or Machines(), progress)
 
 
-class _Run:
-    """The state of a run between two steps."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, checkpoint: Path) -> None:
-        self.model, self.recipe, self.checkpoint = model, recipe, checkpoint
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
-        self.losses: list[float] = []
-        if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.losses = state["losses"]
-
-    def keep(self) -> None:
-        state: dict[str, Any] = {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                                 "optimizer": self.optimizer.state_dict(), "losses": self.losses}
-        fill_whole(self.checkpoint, lambda part: torch.save(state, part))
-
-    def train(
-        self, patches: Patches, keep_every: int, workers: int, progress: Callable[[Step], None] | None
-    ) -> None:
-        batches: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-            patches, batch_sampler=list(_keys(self.recipe, len(self.losses))), num_workers=workers)
-        loss_of = weighted(self.recipe.losses)
-        device = next(self.model.parameters()).device
-        self.model.train()
-        for degraded, truth in batches:
-            step = len(self.losses)
-            torch.manual_seed(seed_of(self.recipe.seed, step))  # of drop path
-            for group in self.optimizer.param_groups:
-                group["lr"] = _rate(self.recipe, step)
-            loss = loss_of(self.model(degraded.to(device)), truth.to(device))
-            if not math.isfinite(value := loss.item()):
-                raise SaccadeError(f"loss became {value} at step {step + 1}: lower the learning rate "
-                                   f"(it is {self.recipe.learning_rate:g})")
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-            self.optimizer.step()
-            follow(self.average, self.model, min(self.recipe.average, (1 + step) / (10 + step)))
-            self.losses.append(value)
-            if progress is not None:
-                progress(Step(step + 1, self.recipe.steps, value))
-            if (step + 1) % keep_every == 0:
-                self.keep()
+def measured(restore: Restore, held: Held, scale: int) -> dict[str, float]:
+    """PSNR and SSIM of what `restore` makes of degraded pictures, less `scale` pixels of border: means over them."""
+    with torch.no_grad():
+        rows = [quality(restore(degraded), truth, scale if scale > 1 else 0) for degraded, truth in held]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
-def _keys(recipe: Recipe, done: int) -> Iterator[list[Key]]:
-    """The patches of each step after the first `done`; a patch is never used twice."""
-    step = number = 0
-    for stage in recipe.stages:
-        for _ in range(stage.steps):
-            if step >= done:
-                yield [(number + place, stage.patch) for place in range(stage.batch)]
-            step, number = step + 1, number + stage.batch
+class _Network(nn.Module):
+    """A network while it trains; at evaluation the moving average of its weights, which is the result.
+
+    One with `stages` (MAXIM) is supervised in each of them, at each scale.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.average = model, copy.deepcopy(model).requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Any:
+        if not self.training:
+            return self.average(image)
+        return self.model.stages(image) if hasattr(self.model, "stages") else self.model(image)  # type: ignore[operator]
 
 
-def _rate(recipe: Recipe, step: int) -> float:
-    warm = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+class _Epochs(Dataset[tuple[Tensor, Tensor]]):
+    """The patches of one epoch; of each epoch others."""
+
+    def __init__(self, patches: Patches, recipe: Recipe) -> None:
+        self.patches, self.recipe = patches, recipe
+        self.begin(0, 0)
+
+    def begin(self, epoch: int, seed: int) -> None:
+        self.side, self.seed = self.recipe.patch_at(epoch), seed
+        self.count = self.recipe.steps * self.recipe.batch_at(epoch)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.patches[seed_of(self.seed, i), self.side]
+
+    def loader(self, batch_size: int, sampler: Sampler[int]) -> DataLoader[Any]:
+        workers = WORKERS if self.patches.kept is None else 0
+        return DataLoader(self, batch_size, sampler=sampler, drop_last=True, num_workers=workers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from saccade.learn.restoration.losses import charbonnier, frequency, weighted
 from saccade.learn.restoration.patches import Patches, pairs_in, pictures_in
 from saccade.learn.restoration.pictures import Picture, write_picture
 from saccade.learn.restoration.tiling import Bicubic
-from saccade.learn.restoration.train import Recipe, Stage, fit
+from saccade.learn.restoration.train import Recipe, fit, measured
 from saccade.ops.resize import resize
 
 
@@ -138,45 +140,125 @@ def test_losses():
         weighted({"huber": 1.0})
 
 
-RECIPE = Recipe((Stage(6, 12, 4), Stage(4, 16, 2)), learning_rate=3e-3, warmup=2,
+RECIPE = Recipe(epochs=3, steps=4, batch_size=4, patches=(12, 24), learning_rate=3e-3,
                 losses={"charbonnier": 1.0, "fft": 0.1})
+
+
+def held(count: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    made = []
+    for image in pictures(count, 64):
+        clean = torch.from_numpy(np.ascontiguousarray(image[:64, :64])).movedim(-1, 0)[None].float() / 255
+        made.append((Smaller(2)(clean[0], generator())[None], clean))
+    return made
+
+
+def test_patches_grow_and_batches_shrink():
+    recipe = Recipe(epochs=5, batch_size=8, patches=(24, 48))
+    assert [(recipe.patch_at(epoch), recipe.batch_at(epoch)) for epoch in range(5)] == [(24, 8)] * 3 + [(48, 2)] * 2
+    assert Recipe(epochs=2, batch_size=4, patches=(24, 96)).batch_at(1) == 1
+    for wrong, told in {"patches are": dict(patches=()), "at most one for each": dict(epochs=1, patches=(8, 16)),
+                        "average is 1": dict(average=1), "loss huber": dict(losses={"huber": 1}),
+                        "steps is 0": dict(steps=0)}.items():
+        with pytest.raises(SaccadeError, match=wrong):
+            Recipe(**told)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     made, seen = Patches(pictures(), Smaller(2)), []
 
-    def stop(step):
-        seen.append(step.step)
-        if step.step == 7:
+    def stop(now):
+        seen.append((now.epoch, now.step, now.steps))
+        if (now.epoch, now.step) == (2, 3):
             raise KeyboardInterrupt
 
-    fit(Narrow, made, RECIPE, tmp_path / "whole")
+    whole = fit(Narrow, made, RECIPE, tmp_path / "whole", held=held())
     with pytest.raises(KeyboardInterrupt):
-        fit(Narrow, made, RECIPE, tmp_path / "stopped", keep_every=3, progress=stop)
-    fit(Narrow, made, RECIPE, tmp_path / "stopped", keep_every=3, progress=lambda step: seen.append(step.step))
-    assert seen == [*range(1, 8), *range(7, 11)]
+        fit(Narrow, made, RECIPE, tmp_path / "stopped", held=held(), progress=stop)
+    assert seen == [(1, step, 4) for step in range(1, 5)] + [(2, step, 4) for step in range(1, 4)]
+    again = fit(Narrow, made, RECIPE, tmp_path / "stopped", held=held(), progress=lambda now: seen.append(now.epoch))
+    assert seen[7:] == [2] * 4 + [3] * 4 and again.curves == whole.curves
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     fit(Narrow, made, RECIPE, tmp_path / "whole", progress=lambda step: pytest.fail("a finished run is read"))
     with pytest.raises(SaccadeError, match="holds another run: learning_rate"):
-        fit(Narrow, made, Recipe(RECIPE.stages, 1e-4, 2, RECIPE.losses), tmp_path / "whole")
+        fit(Narrow, made, replace(RECIPE, learning_rate=1e-4), tmp_path / "whole")
 
 
 def test_training_learns_and_starts_from_weights(tmp_path):
-    made, losses = Patches(pictures(), Smaller(2)), []
-    recipe = Recipe((Stage(80, 16, 4),), learning_rate=3e-3, warmup=5)
-    fit(Narrow, made, recipe, tmp_path / "first", progress=lambda step: losses.append(step.loss))
-    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:10])
-    again = []
-    fit(Narrow, made, Recipe((Stage(2, 16, 4),), 1e-6), tmp_path / "second",
-        start=tmp_path / "first" / "weights.safetensors", progress=lambda step: again.append(step.loss))
-    assert again[0] < 0.8 * losses[0]  # the same patches, first seen by trained weights
+    made, recipe = Patches(pictures(), Smaller(2)), Recipe(epochs=4, steps=20, batch_size=4, patches=(16,),
+                                                           learning_rate=3e-3)
+    first = fit(Narrow, made, recipe, tmp_path / "first", held=held())
+    assert first.curves["train_loss"][-1] < 0.8 * first.curves["train_loss"][0]
+    expected = measured(first.model, held(), 2)
+    assert {name: first.curves[f"val_{name}"][-1] for name in expected} == pytest.approx(expected)
+    assert first.curves["val_psnr_y"][-1] > first.curves["val_psnr_y"][0]
+
+    def loaded():
+        model = Narrow()
+        model.load_state_dict(load_file(tmp_path / "first" / "weights.safetensors"))
+        return model
+
+    again = fit(loaded, made, replace(recipe, epochs=1, learning_rate=1e-6), tmp_path / "second")
+    assert again.curves["train_loss"][0] < 0.8 * first.curves["train_loss"][0]
+
+
+def test_the_result_is_the_moving_average(tmp_path):
+    """With 0 it is the last step's weights, early in a run it follows the faster the fewer steps were done."""
+    made, weights = Patches(pictures(), Smaller(2)), []
+
+    class Watched(Narrow):
+        def forward(self, image):
+            if self.training:
+                weights.append(self.body[0].weight.detach().clone())
+            return super().forward(image)
+
+    recipe = Recipe(epochs=1, steps=4, batch_size=2, patches=(12,), learning_rate=1e-2, warmup=0)
+    live = fit(Watched, made, replace(recipe, average=0.0), tmp_path / "live").model.body[0].weight
+    states = [*weights[1:4], live]  # after each step
+    kept = fit(Watched, made, recipe, tmp_path / "kept").model.body[0].weight
+    expected = weights[0]
+    for step, state in enumerate(states, 1):
+        share = step / (9 + step)
+        expected = share * expected + (1 - share) * state
+    torch.testing.assert_close(kept, expected)
+
+
+def test_stages_are_supervised_at_each_scale(tmp_path):
+    class Staged(nn.Module):
+        scale, in_chans = 1, 3
+
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(2, 2))
+
+        def stages(self, image):
+            return [[image[..., ::2, ::2] * 0 + self.bias[stage, 0], image * 0 + self.bias[stage, 1]]
+                    for stage in range(2)]
+
+        def forward(self, image):
+            return self.stages(image)[-1][-1]
+
+    white = Patches([np.full((32, 32, 3), 255, np.uint8)], Noise(0, 0))
+    recipe = Recipe(epochs=1, steps=1, batch_size=1, patches=(8,), average=0.0, warmup=0)
+    found = fit(Staged, white, recipe, tmp_path)
+    assert found.curves["train_loss"] == [4.0]  # of two stages at two scales
+    assert (found.model.bias > 0).all()
+
+
+def test_pictures_that_are_decoded_at_each_use_give_the_same_bits(tmp_path):
+    for number, image in enumerate(pictures()):
+        write_picture(tmp_path / f"{number}.png", Picture(image))
+    files = pictures_in(tmp_path)
+    kept, each = Patches(files, Smaller(2), pixels=1), Patches(files, Smaller(2))
+    assert kept.kept is not None and each.kept is None
+    assert kept.fingerprint == each.fingerprint
+    first, second = (fit(Narrow, made, RECIPE, tmp_path / f"run{number}") for number, made in enumerate((kept, each)))
+    assert first.curves == second.curves
 
 
 def test_what_does_not_fit_is_told(tmp_path):
     with pytest.raises(SaccadeError, match="patches of scale 4 .* network of scale 2"):
         fit(Narrow, Patches(pictures(), Smaller(4)), RECIPE, tmp_path / "a")
     with pytest.raises(SaccadeError, match="loss became .* lower the learning rate"):
-        fit(Narrow, Patches(pictures(), Smaller(2)), Recipe((Stage(50, 12, 2),), 1e30, 1, clip=1e30), tmp_path / "b")
-    with pytest.raises(SaccadeError, match="steps is 0"):
-        Stage(0, 8, 8)
+        fit(Narrow, Patches(pictures(), Smaller(2)), Recipe(epochs=1, steps=50, batch_size=2, patches=(12,),
+                                                            learning_rate=1e30, clip=1e30), tmp_path / "b")
