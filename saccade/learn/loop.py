@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
@@ -203,9 +205,10 @@ def run(
             state = _train(runner, task, recipe, folder / "last.ckpt", progress)
             found = tensors(task.network.get_submodule(task.kept))
             if runner.global_rank == 0:
-                fill_whole(weights, lambda path: save_file(found, path))
                 written = json.dumps({"seconds": state["seconds"], "curves": state["curves"]}, indent=1)
-                write_whole(curves, written)
+                with _room(folder):
+                    fill_whole(weights, lambda path: save_file(found, path))
+                    write_whole(curves, written)
             runner.barrier()
             if machines.strategy == "fsdp":  # what was parted is no ordinary module any more
                 task = make_task()
@@ -317,14 +320,27 @@ def _gradients(
 def _keep(runner: Any, checkpoint: Path, state: dict[str, Any]) -> None:
     """All processes take part; the file is replaced in one step by the first."""
     if runner.world_size == 1:
-        fill_whole(checkpoint, lambda path: runner.save(path, state))
+        with _room(checkpoint.parent):
+            fill_whole(checkpoint, lambda path: runner.save(path, state))
         return
     part = checkpoint.with_name(f"{checkpoint.name}.part")
-    runner.save(part, state)
+    with _room(checkpoint.parent):
+        runner.save(part, state)
     runner.barrier()
     if runner.global_rank == 0:
         part.replace(checkpoint)
     runner.barrier()
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Tell in one line that a disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SaccadeError(f"{folder} could not be written ({reason}): make room and do the same again, it goes on "
+                           "from its last finished epoch") from error
 
 
 def check_finite(loss: Tensor, epoch: int, step: int, recipe: BaseRecipe) -> None:

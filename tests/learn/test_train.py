@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -145,6 +146,27 @@ def test_stopped_in_the_midst_of_writing(whole, images, tmp_path, monkeypatch, n
         fit(Tiny, images, RECIPE, tmp_path)
     assert_same(fit(Tiny, images, RECIPE, tmp_path), whole.fitted)
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "weights.safetensors", "curves.json"])
+def test_a_full_disk_is_told_and_loses_nothing(whole, images, tmp_path, monkeypatch, name):
+    sync, at = os.fsync, []
+
+    def full(number):
+        if name in os.readlink(f"/proc/self/fd/{number}"):
+            at.append(name)
+            if len(at) == (2 if name == "last.ckpt" else 1):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaccadeError, match=r"could not be written \(No space left on device\): make room"):
+        fit(Tiny, images, RECIPE, tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    monkeypatch.undo()
+    seen = []
+    assert_same(fit(Tiny, images, RECIPE, tmp_path, progress=seen.append), whole.fitted)
+    assert [now.epoch for now in seen if now.step == 1] == ([2, 3, 4] if name == "last.ckpt" else [])
 
 
 def test_finished_run_is_read_not_trained(whole, images):

@@ -103,6 +103,8 @@ def _parted(items: list[_Item], notes: list[str]) -> tuple[list[_Item], list[_It
     """Those to train on and those to measure on."""
     parts = [SPLIT_NAMES.get(Path(item.name).parts[0].lower(), "") for item in items]
     if {"train", "val"} <= set(parts):
+        if others := len(parts) - parts.count("train") - parts.count("val"):
+            notes.append(f"ignored {others} pictures beside those in train/ and val/")
         return ([item for item, part in zip(items, parts, strict=True) if part == "train"],
                 [item for item, part in zip(items, parts, strict=True) if part == "val"])
     count = min(MOST, max(1, round(SHARE * len(items))))

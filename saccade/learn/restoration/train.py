@@ -132,7 +132,8 @@ class _Network(nn.Module):
     def forward(self, image: Tensor) -> Any:
         if not self.training:
             return self.average(image)
-        return self.model.stages(image) if hasattr(self.model, "stages") else self.model(image)  # type: ignore[operator]
+        model: Any = self.model
+        return model.stages(image) if hasattr(model, "stages") else model(image)
 
 
 class _Epochs(Dataset[tuple[Tensor, Tensor]]):
