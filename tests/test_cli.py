@@ -95,6 +95,8 @@ def test_verify_says_pass_and_fail(capsys, tmp_path):
 def test_train_eval_predict_export(capsys, pictures, trained, tmp_path):
     written = {"model.json", "weights.safetensors", "metrics.json", "curves.json", "recipe.json"}
     assert written <= set(os.listdir(trained))
+    assert {"model.onnx", "predict.py", "MODEL_CARD.md"} <= set(os.listdir(trained / "best"))
+    assert json.loads((trained / "best" / "labels.json").read_text("utf-8")) == ["bright ☀", "dark"]
     code, out, _ = run(capsys, "eval", pictures, "--checkpoint", trained, "--json")
     scores = json.loads(out)
     assert code == 0 and scores == json.loads((trained / "metrics.json").read_text())["test"]

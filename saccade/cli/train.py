@@ -64,6 +64,8 @@ def train(
     from saccade.learn.restoration import runs as restoration
     from saccade.learn.restoration import train as restorers
     from saccade.learn.train import Recipe
+    from saccade.tools.products import ship_run
+    from saccade.tools.ship import FOLDER
     from saccade.tools.watch import Watch
 
     restores, watch = restoration.restores(model), Watch()
@@ -82,14 +84,14 @@ def train(
         if restores:
             if degraded is not None and degradation:
                 raise SaccadeError(f"--degradation {degradation} and --degraded {degraded}: give one of the two")
-            found = restoration.train(Path(data), model, out, recipe, how=degraded or degradation, strict=strict,
+            found: Any = restoration.train(Path(data), model, out, recipe, how=degraded or degradation, strict=strict,
                                       checkpoint=checkpoint, machines=machines, progress=show)
         else:
             found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, machines=machines,
                                progress=show)
     if not first_process():
         return
-    for note in found["data"]["notes"]:
+    for note in found["data"]["notes"] if restores else found.images.notes:
         watch.line(f"note: {note}")
     if restores:
         before, after = found["before"], found["after"]
@@ -97,8 +99,12 @@ def train(
                    f"{before['psnr_y']:.2f} and {before['psnr_rgb']:.2f}, SSIM {after['ssim_y']:.4f} where it was "
                    f"{before['ssim_y']:.4f}; in {out}")
     else:
-        val, test = (found[part]["accuracy"] for part in ("val", "test"))
+        val, test = (found.metrics[part]["accuracy"] for part in ("val", "test"))
         watch.line(f"{model}: validation {val:.1%}, test {test:.1%}; in {out}")
+        with watch.waiting("shipping it"):
+            shipped = ship_run(found, recipe, out)
+        for line in shipped.lines(out / FOLDER):
+            watch.line(line)
 
 
 def _refuse(context: typer.Context, panel: str, model: str) -> None:

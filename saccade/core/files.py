@@ -27,6 +27,25 @@ def fill_whole(path: Path, fill: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
+def fill_folder_whole(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill` write into a new folder beside `path`, then put it in the place of what is there.
+
+    Nothing is left of a failure, and what was there stays.
+    """
+    part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        fill(part)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def copy_whole(source: Path, path: Path) -> None:
     """Copy a file to `path` in one step."""
     fill_whole(path, lambda part: shutil.copyfile(source, part))

@@ -75,6 +75,15 @@ def is_obtainable(name: str) -> bool:
     return weights.layout in READ and (not all(map(_by_hand, places)) or cached_file(name) is not None)
 
 
+def identified(digest: str) -> str | None:
+    """The model whose trained weights have this sha256, by its card or the lock of the first use; None for no one's."""
+    for name in list_weights():
+        expected = _expected(published(name))
+        if expected is not None and digest.startswith(expected):
+            return name
+    return None
+
+
 def hub(source: str) -> Hub | None:
     """What `hf:OWNER/NAME/FILE@REVISION` or `timm:NAME.TAG@REVISION` says, None for another source."""
     kind, _, rest = source.partition(":")

@@ -22,17 +22,17 @@ from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.index import resolve_model
+from saccade.core.origin import Origin
 from saccade.core.pretraining import pretraining
 from saccade.learn import train
 from saccade.learn.data import ImageSet, open_images, open_pictures
 from saccade.learn.loop import Machines, Outcome, Progress, first_process
 from saccade.learn.pretrain import Recipe, fit
 from saccade.learn.probe import extract, probe
+from saccade.learn.runs import PRETRAINING as CARD
 from saccade.learn.runs import weights_file, writable
 from saccade.learn.score import metrics
 from saccade.papers.efficient_probing import POOLINGS, Probe
-
-CARD = "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def pretrain(
     found = fit(make, images.train, images.fingerprint, recipe, writable(out), machines=machines, progress=progress)
     if first_process():
         card = {"model": resolve_model(name), "method": method, "options": options or {}, "img_size": recipe.img_size,
-                "mean": recipe.mean, "std": recipe.std, "data": images.name}
+                "mean": recipe.mean, "std": recipe.std, "data": images.name,
+                "origin": vars(Origin(f"pre-training by {method}, from random weights", images.name))}
         write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
     return found, images.notes
 

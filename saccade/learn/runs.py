@@ -14,20 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saccade.core.build import create_model
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.core.load import load
+from saccade.core.origin import Origin, of_file
 from saccade.learn.data import ImageSet, Split, open_images
 from saccade.learn.loop import Machines, Progress, first_process
 from saccade.learn.pictures import read_image
-from saccade.learn.score import metrics
+from saccade.learn.score import intervals, metrics
 from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.learn.transforms import evaluation_transform, normalise
 
-CARD, WEIGHTS = "model.json", "weights.safetensors"
+CARD, PRETRAINING, WEIGHTS = "model.json", "pretraining.json", "weights.safetensors"
+UNSAID = Origin("an earlier run that does not say what it began with", licence="unknown")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,16 @@ class Run:
     img_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` did: the run, the images that it saw and what metrics.json holds."""
+
+    run: Run
+    images: ImageSet
+    metrics: dict[str, Any]
 
 
 def train(
@@ -53,8 +66,8 @@ def train(
     strict: bool = False,
     machines: Machines | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> dict[str, Any]:
-    """Train a registered model on a set of images; the same call on the same folder resumes. Returns its metrics.
+) -> Trained:
+    """Train a registered model on a set of images; the same call on the same folder resumes.
 
     From a checkpoint (a file, or the folder of a run or a pre-training) everything but the head is loaded (`fresh` says
     otherwise).
@@ -71,15 +84,36 @@ def train(
 
     make()  # a wrong name or checkpoint is told before anything is written
     fitted = fit(make, images, recipe, writable(out), machines=machines, progress=progress)
-    card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std}
+    origin = origin_of(checkpoint)
+    card = {"model": name, "options": options, "classes": images.classes, "mean": recipe.mean, "std": recipe.std,
+            "origin": vars(origin)}
     if first_process():
         write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
-    run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std)
-    found = {"val": _scores(run, images.val), "test": _scores(run, images.test), "training_seconds": fitted.seconds,
+    run = Run(fitted.model, name, images.classes, recipe.img_size, recipe.mean, recipe.std, origin)
+    predicted, truth, number = _predicted(run, images.test), np.asarray(images.test.labels), len(images.classes)
+    spans = {name: span.as_dict() for name, span in intervals(predicted[None], truth, number).items()}
+    found = {"val": _scores(run, images.val), "test": metrics(predicted, truth, number), "test_intervals": spans,
+             "training_seconds": fitted.seconds,
              "data": {"name": images.name, "fingerprint": images.fingerprint, "notes": images.notes}}
     if first_process():
         write_whole(out / "metrics.json", json.dumps(found, indent=1, ensure_ascii=False))
-    return found
+    return Trained(run, images, found)
+
+
+def origin_of(checkpoint: Path | None) -> Origin:
+    """Where the weights come from that a training begins with: those of a run began somewhere themselves."""
+    if checkpoint is None:
+        return Origin()
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if weights_file(folder) == weights_file(checkpoint):
+        for card in (folder / CARD, folder / PRETRAINING):
+            if card.exists():
+                return _origin(json.loads(card.read_text(encoding="utf-8")))
+    return of_file(weights_file(checkpoint))
+
+
+def _origin(card: dict[str, Any]) -> Origin:
+    return Origin(**card["origin"]) if "origin" in card else UNSAID
 
 
 def weights_file(place: Path) -> Path:
@@ -98,7 +132,8 @@ def open_run(folder: Path) -> Run:
         ) from error
     model = create_model(name, **options)
     load(model, folder / WEIGHTS)
-    return Run(model.eval(), name, classes, options["img_size"], tuple(card["mean"]), tuple(card["std"]))
+    return Run(model.eval(), name, classes, options["img_size"], tuple(card["mean"]), tuple(card["std"]),
+               _origin(card))
 
 
 def evaluate(folder: Path, data: str, part: str = "test", *, strict: bool = False) -> dict[str, float]:
@@ -135,8 +170,12 @@ def _ranked(chances: Tensor, classes: list[str], top: int) -> list[dict[str, Any
 
 
 def _scores(run: Run, split: Split) -> dict[str, float]:
+    return metrics(_predicted(run, split), np.asarray(split.labels), len(run.classes))
+
+
+def _predicted(run: Run, split: Split) -> NDArray[np.int64]:
     logits = predict_logits(run.model, split, img_size=run.img_size, mean=run.mean, std=run.std)
-    return metrics(logits.argmax(-1).numpy(), np.asarray(split.labels), len(run.classes))
+    return logits.argmax(-1).numpy()
 
 
 def _part(images: ImageSet, part: str) -> Split:

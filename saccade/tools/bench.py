@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,7 +16,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.index import index, resolve_model
 from saccade.core.load import load
 from saccade.core.optional import optional
-from saccade.tools.measure import count_macs, peak_memory, race, summary
+from saccade.tools.measure import count_macs, limited_threads, peak_memory, race, summary
 from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
 
 timm = optional("timm", extra="train")
@@ -152,13 +151,3 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _params(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
-
-
-@contextmanager
-def limited_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

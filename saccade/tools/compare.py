@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 import saccade
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet, open_images
 from saccade.tools.contestants import Contestant, contestants, pretrained_contestants, reason, references, start_of
+from saccade.tools.export import has_onnx
+from saccade.tools.products import ship_winner
 from saccade.tools.report import write_report
+from saccade.tools.ship import FOLDER, HINT, Shipped
 from saccade.tools.standings import Standing, advise, looks, race_all, row, table
 from saccade.tools.trials import (
     RATES,
@@ -100,9 +104,10 @@ def seconds(budget: str) -> float:
 def compare(contest: Contest) -> dict[str, Any]:
     """Run a contest, or go on with one that was stopped; returns the results, which also lie in its folder.
 
-    The last lines that it prints are the recommendation and where the report is.
+    The last lines that it prints are the recommendation, where the report is and what there is to ship.
 
-    The folder receives results.json, results.csv, report.html and runs/ with the weights of every seed as safetensors.
+    The folder receives results.json, results.csv, report.html, best/ and runs/ with the weights of every seed as
+    safetensors.
     A contestant that cannot be built or trained is listed with its reason, and the others go on. Raises SaccadeError
     for what can be known to be wrong before anything runs.
     """
@@ -128,7 +133,7 @@ def compare(contest: Contest) -> dict[str, Any]:
         finished = out / "results.json"
         if finished.exists():
             results: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-            if not any(one["failed"] for one in results["contestants"]):  # who failed gets another chance
+            if _is_whole(results):
                 return _told(results, out, watch)
         arena = Arena(images, out, start, contest.img_size, contest.batch_size, contest.seeds)
         try:
@@ -138,9 +143,17 @@ def compare(contest: Contest) -> dict[str, Any]:
             raise
 
 
+def _is_whole(results: dict[str, Any]) -> bool:
+    """Whether nothing is left to do: who failed gets another chance, and so do graphs once they can be written."""
+    failed = any(one["failed"] for one in results["contestants"])
+    return not failed and "best" in results and not (results["best"]["missing"] == HINT and has_onnx())
+
+
 def _told(results: dict[str, Any], out: Path, watch: Watch) -> dict[str, Any]:
     watch.line(results["recommendation"]["sentence"])
     watch.line(f"{out / 'report.html'} shows how this was found")
+    for line in Shipped.read(results["best"]).lines(out / FOLDER):
+        watch.line(line)
     return results
 
 
@@ -182,11 +195,24 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
                      "threads": torch.get_num_threads(), "device": _device_name()},
         "contestants": [row(arena, each, numbers.get(each.entrant.name, {})) for each in standings],
         "recommendation": advise(arena, standings, numbers), "looks": seen}
+    with watch.waiting("shipping the best"):
+        results["best"] = asdict(_ship(results, arena, standings, models))
     with watch.waiting("writing the report"):
         write_whole(arena.out / "results.csv", table(results["contestants"]))
         write_report(results, arena.out / "report.html")
         write_whole(arena.out / "results.json", json.dumps(results, indent=1))  # last: it says that all is done
     return results
+
+
+def _ship(
+    results: dict[str, Any], arena: Arena, standings: Sequence[Standing], models: dict[str, nn.Module]
+) -> Shipped:
+    """The contestant that is recommended, in best/."""
+    choice = results["recommendation"]["choice"]
+    for standing, found in zip(standings, results["contestants"], strict=True):
+        if found["name"] == choice:
+            return ship_winner(arena, standing, found, models.get(choice))
+    return Shipped("", False, missing="nothing is shipped: no contestant finished")
 
 
 def _answers(arena: Arena, entrant: Contestant, bar: Bar, watch: Watch) -> list[Answers]:

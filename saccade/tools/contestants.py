@@ -22,8 +22,10 @@ from saccade.core.errors import SaccadeError
 from saccade.core.index import mixer_paper, resolve_model
 from saccade.core.names import closest
 from saccade.core.optional import optional
+from saccade.core.origin import Origin, of_model
 from saccade.core.weights import is_obtainable
 from saccade.learn.pretrained import open_pretrained
+from saccade.learn.runs import origin_of
 
 timm = optional("timm", extra="train")
 
@@ -38,8 +40,9 @@ class Contestant:
 
     `build(classes, pretrained)` makes its network (0 classes: without a head); what is no network has none. `weights`
     says whether trained ones are published, `identity` tells two versions of a user's file apart, `registered` is how
-    `create_model` makes one of ours: {"model", "options"}. Where a `method` is applied to a trained network, `host` is
-    the contestant whose weights it takes: it trains nothing of its own.
+    `create_model` makes one of ours: {"model", "options"}, and `origin` tells whose the trained weights are. Where a
+    `method` is applied to a trained network, `host` is the contestant whose weights it takes: it trains nothing of its
+    own.
     """
 
     name: str
@@ -50,6 +53,11 @@ class Contestant:
     registered: dict[str, Any] | None = None
     host: Contestant | None = None
     method: str | None = None
+    origin: Origin = Origin()
+
+    def begins(self, start: str) -> Origin:
+        """Where the weights come from that it has before it is trained; a user's file gives its own at every start."""
+        return self.origin if start != "scratch" or self.identity and self.registered is None else Origin()
 
     @property
     def folder(self) -> str:
@@ -113,7 +121,8 @@ def pretrained_contestants(named: Sequence[str], img_size: int) -> list[Contesta
         identity = hashlib.sha256(opened.weights.read_bytes()).hexdigest()[:16]
         build = partial(_from_pretrained, opened.name, opened.weights, img_size)
         found.append(Contestant(label, "model", build, weights=True, identity=identity,
-                                registered={"model": opened.name, "options": {"img_size": img_size}}))
+                                registered={"model": opened.name, "options": {"img_size": img_size}},
+                                origin=origin_of(Path(place))))
     if len({each.name for each in found}) < len(found):
         raise SaccadeError("--checkpoint names two folders alike: give each a label of its own")
     return found
@@ -152,8 +161,10 @@ def _contestant(name: str, mixer: str | None, img_size: int) -> Contestant:
         fresh = ("head*",) if pretrained and classes else ()  # the head is for other classes, however many
         return create_model(model, num_classes=classes, pretrained=pretrained, fresh=fresh, **options)
 
-    return Contestant(name if mixer is None else f"{name}+{mixer}", "model", build, weights=is_obtainable(model),
-                      registered={"model": model, "options": options})
+    obtainable = is_obtainable(model)
+    return Contestant(name if mixer is None else f"{name}+{mixer}", "model", build, weights=obtainable,
+                      registered={"model": model, "options": options},
+                      origin=of_model(model) if obtainable else Origin())
 
 
 def check_timm(name: str) -> None:
@@ -175,7 +186,10 @@ def _from_timm(name: str, img_size: int) -> Contestant:
             return timm.create_model(name, pretrained=pretrained, num_classes=classes)  # it knows no native size
 
     settings = timm.models.get_pretrained_cfg(name)
-    return Contestant(name, "model", build, weights=bool(settings and settings.has_weights))
+    if not (settings and settings.has_weights):
+        return Contestant(name, "model", build)
+    origin = Origin(f"timm: {settings.hf_hub_id or settings.url}", licence=settings.license or "unknown")
+    return Contestant(name, "model", build, weights=True, origin=origin)
 
 
 def _from_file(name: str, img_size: int) -> Contestant:
@@ -202,7 +216,8 @@ def _from_file(name: str, img_size: int) -> Contestant:
             model.num_classes = 0  # type: ignore[assignment]  # says to `extract` that it returns features
         return model
 
-    return Contestant(name, "model", build, identity=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    return Contestant(name, "model", build, identity=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+                      origin=Origin(f"as {function} of {path.name} makes it"))
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
+from saccade.core.files import fill_whole
 from saccade.core.optional import optional
+from saccade.tools.measure import limited_threads
 
 onnxruntime = optional("onnxruntime", extra="export")
 onnxscript = optional("onnxscript", extra="export")
 torchao = optional("torchao", extra="quant")
 
 TOLERANCE = 1e-4
+
+
+def has_onnx() -> bool:
+    """Whether the extra `export` is installed."""
+    return all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def export(model: nn.Module, size: int | Sequence[int] = 224, *, in_chans: int = 3) -> torch.export.ExportedProgram:
@@ -59,6 +67,25 @@ def export_onnx(
     finally:
         partial.unlink(missing_ok=True)
     return found
+
+
+def export_square(model: nn.Module, file: Path, side: int) -> None:
+    """Write `file`: the model for RGB squares of `side` pixels, in batches of any number.
+
+    One size is exported sooner and runs faster than all sizes, and suits what knows one size only.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad(), limited_threads(1):  # many small sums: threads would wait for each other
+        program = torch.export.export(model, (torch.randn(2, 3, side, side),),
+                                      dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        fill_whole(file, lambda part: write_onnx(program, part))
+
+
+def open_session(file: Path, threads: int | None = None) -> Any:
+    """An onnxruntime session on the processor, with so many threads (None: as many as torch has)."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -18,8 +18,7 @@ from saccade.core.files import write_whole
 from saccade.core.index import list_mixers, mixer_paper
 from saccade.core.optional import optional
 from saccade.core.site import Site
-from saccade.tools.bench import limited_threads
-from saccade.tools.measure import peak_memory, race
+from saccade.tools.measure import limited_threads, peak_memory, race
 
 graph_objects = optional("plotly.graph_objects", extra="train")
 subplots = optional("plotly.subplots", extra="train")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from math import prod
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -168,6 +170,27 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile: {"p50", "p95"}, in the unit that came in."""
     middle, late = np.percentile(np.asarray(seconds, dtype=np.float64), [50, 95])
     return {"p50": float(middle), "p95": float(late)}
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Run the block with so many threads of torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def processor() -> str:
+    """What the processor of this machine calls itself."""
+    try:
+        said = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")]
+    except OSError:
+        said = []
+    return said[0] if said else platform.processor() or platform.machine()
 
 
 def _gpu_in_use() -> bool:

@@ -1,4 +1,4 @@
-"""Pages of HTML from the templates beside this file."""
+"""Pages of HTML and Markdown from the templates beside this file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from saccade.tools.report_figures import percent
 
 
 def render(template: str, **values: Any) -> str:
-    """The template with its values; text is escaped, an unknown name is an error."""
-    environment = Environment(loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    """The template with its values; text is escaped, but in Markdown; an unknown name is an error."""
+    environment = Environment(loader=FunctionLoader(_source), autoescape=not template.endswith(".md.jinja"),
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "breakable": _breakable}
     return environment.get_template(template).render(**values)
 

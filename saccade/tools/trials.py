@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from saccade.core.checkpoint import write_safetensors
 from saccade.core.errors import SaccadeError
 from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet
 from saccade.learn.loop import Progress
-from saccade.learn.probe import extract, probe, reference_predictions
+from saccade.learn.probe import Probed, extract, linear_probe, neighbour_probe, reference_predictions
 from saccade.learn.runs import CARD
 from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.tools.contestants import Contestant
@@ -26,6 +27,7 @@ from saccade.tools.contestants import Contestant
 RATES = {"scratch": (3e-4, 1e-3, 3e-3), "finetune": (3e-5, 1e-4, 3e-4)}
 RATE_SHARE = 3  # a learning rate is tried for this fraction of the epochs, with the first seed
 UNMIRRORED = frozenset({"digits"})  # sets in which a mirrored picture is another thing
+HEAD = "head.safetensors"  # of a probe
 CALIBRATION_EPOCHS, CALIBRATION_SECONDS = 3, 3.0  # whichever is over first
 
 Watch = Callable[[float, str], None]  # how many epochs of this trial are done, and what is going on
@@ -191,10 +193,12 @@ def probed_answers(arena: Arena, entrant: Contestant) -> Answers:
         model = entrant.build(0, True).to(device())
     train, val, test = (extract(model, split, img_size=arena.img_size, batch_size=arena.batch_size)
                         for split in (images.train, images.val, images.test))
-    found = probe(train, images.train.labels, val, images.val.labels, test)
-    by_neighbours = found["knn"].argmax(1).tolist()
-    return _keep(folder, Answers(0, found["linear"].argmax(1).tolist(), seconds=time.perf_counter() - began,
-                                 by_neighbours=by_neighbours))
+    known = train, images.train.labels, val, images.val.labels
+    head, by_neighbours = linear_probe(*known), neighbour_probe(*known, test).argmax(1).tolist()
+    with torch.no_grad():
+        predicted = head(test).argmax(1).tolist()
+    write_safetensors(folder / HEAD, head.state_dict(), {"format": "pt"})
+    return _keep(folder, Answers(0, predicted, seconds=time.perf_counter() - began, by_neighbours=by_neighbours))
 
 
 def reduced_answers(arena: Arena, entrant: Contestant) -> list[Answers]:
@@ -255,17 +259,25 @@ def _done(progress: Progress) -> float:
 def final_model(arena: Arena, entrant: Contestant, found: list[Answers]) -> tuple[nn.Module, Path | None]:
     """A network as it ended, in eval mode, and its file: of the seed that did best on validation.
 
-    After a probe the network's own weights do not matter any more, only its cost: it has a head and no file.
+    After a probe it is the published network with the linear classifier on its features, and has no file.
     """
     assert entrant.build is not None
+    if arena.start == "probe":
+        kept = load_file(arena.folder(entrant) / "probe" / HEAD)
+        head = nn.utils.skip_init(nn.Linear, kept["weight"].shape[1], kept["weight"].shape[0])
+        head.load_state_dict(kept)
+        with torch.random.fork_rng(devices=[]):
+            return Probed(entrant.build(0, True), head).to(device()).eval(), None
     with torch.random.fork_rng(devices=[]):
         model = entrant.build(len(arena.images.classes), False)
-    path = None
-    if arena.start != "probe":
-        best = max(found, key=lambda one: one.val_accuracy or 0.0)
-        path = _weights(arena, entrant, best.seed)
-        model.load_state_dict(load_file(path))
+    path = _weights(arena, entrant, best_seed(found))
+    model.load_state_dict(load_file(path))
     return model.to(device()).eval(), path
+
+
+def best_seed(found: Sequence[Answers]) -> int:
+    """The seed whose weights are kept: the best on validation."""
+    return max(found, key=lambda one: one.val_accuracy or 0.0).seed
 
 
 def device() -> torch.device:

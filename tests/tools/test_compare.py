@@ -23,6 +23,7 @@ from saccade.tools import compare as room
 from saccade.tools import standings, trials
 from saccade.tools.compare import Contest, compare, seconds
 from saccade.tools.contestants import MAJORITY, NEIGHBORS, Contestant, contestants, references, start_of
+from saccade.tools.ship import Shipped
 
 MODELS = """
 import torch
@@ -150,13 +151,48 @@ def test_files_say_the_same_as_the_results(finished: tuple[Contest, dict[str, An
     assert not list(asked.out.rglob("*.part"))
 
 
+def test_the_recommended_network_is_shipped_with_the_weights_that_are_named(
+        place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "references", lambda *_: [])
+    asked, best = contest(place, tmp_path / "out", "mean"), tmp_path / "out" / "best"
+    results = compare(asked)
+    (found,) = results["contestants"]
+    weights, shipped = load_file(tmp_path / "out" / found["weights"]), load_file(best / "model.safetensors")
+    assert weights.keys() == shipped.keys() and all(torch.equal(weights[name], shipped[name]) for name in weights)
+    assert results["best"]["parity"]["pictures"] == 12 and results["best"]["parity"]["scores"] < 1e-5
+    card, page = (best / "MODEL_CARD.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    seed = next(one for one in found["seeds"] if f"seed-{one['seed']}" in found["weights"])
+    assert f"those of seed {seed['seed']}, the best on validation: accuracy {100 * seed['accuracy']:.1f} %" in card
+    assert "as mean of nets.py makes it" in card and 'href="best/MODEL_CARD.md"' in page
+    built = _run_card(best)
+    assert all(torch.equal(value, shipped[name]) for name, value in built.state_dict().items())
+
+
+def _run_card(best: Path) -> torch.nn.Module:
+    """The model that the Python of the card makes."""
+    names: dict[str, Any] = {}
+    code = (best / "MODEL_CARD.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("model.safetensors", str(best / "model.safetensors")), names)
+    model: torch.nn.Module = names["model"]
+    return model
+
+
+def test_what_is_no_network_is_not_shipped(finished: tuple[Contest, dict[str, Any]]) -> None:
+    asked, results = finished
+    assert asked.out is not None and results["recommendation"]["choice"] == NEIGHBORS
+    assert results["best"]["missing"] == "nothing is shipped: pixel k-NN, which is recommended, is no network"
+    assert not results["best"]["shipped"] and not (asked.out / "best").exists()
+    assert "Nothing is shipped: pixel k-NN" in (asked.out / "report.html").read_text()
+
+
 def test_a_line_for_each_seed_without_a_terminal_and_the_same_command_again_runs_nothing(
         place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = contest(place, tmp_path / "out", "mean", epochs=1, seeds=1)
     first = compare(asked)
     lines = capsys.readouterr().out.splitlines()
     assert ":mean, seed 0: " in lines[0] and lines[1].startswith("narrow ResNet, seed 0: ")
-    assert lines[2:] == [first["recommendation"]["sentence"], f"{asked.out}/report.html shows how this was found"]
+    assert lines[2:4] == [first["recommendation"]["sentence"], f"{asked.out}/report.html shows how this was found"]
+    assert lines[4:] == Shipped.read(first["best"]).lines(tmp_path / "out" / "best") and len(lines) == 5
     monkeypatch.setattr(room, "_run", lambda *_: pytest.fail("it ran again"))
     assert compare(asked) == first
 
@@ -332,13 +368,17 @@ def test_no_finite_loss_at_any_rate_is_a_failure(place: Path, tmp_path: Path, mo
 
 
 def test_a_probe_trains_nothing_and_says_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "references", lambda *_: references(8, "scratch")[:2])  # ResNet-18 would be downloaded
+    monkeypatch.setattr(room, "references", lambda *_: [])  # ResNet-18 would be downloaded
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("it trained"))
     results = compare(contest(place, tmp_path / "out", "mean", epochs=None, start="probe"))
     found = named(results, ":mean")
     assert results["settings"]["start"] == "probe" and results["settings"]["epochs"] is None
     assert found["failed"] is None and found["metrics"]["accuracy"]["value"] > 0.8  # the mean colour tells the class
     assert found["knn_accuracy"]["value"] > 0.8 and len(found["seeds"]) == 1 and found["weights"] is None
+    images, model = open_images(str(place / "photos")), _run_card(tmp_path / "out" / "best")
+    right = train.predict_logits(model, images.test, img_size=8).argmax(1) == torch.tensor(images.test.labels)
+    assert float(right.float().mean()) == pytest.approx(found["metrics"]["accuracy"]["value"])
+    assert results["best"]["parity"]["scores"] < 1e-5
     with pytest.raises(SaccadeError, match="trains no epochs"):
         compare(contest(place, tmp_path / "other", "mean", start="probe"))
 
