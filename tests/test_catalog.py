@@ -9,7 +9,8 @@ import pytest
 
 from saccade import create_model
 from saccade.core.index import index
-from saccade.tools.catalog import build_index, cards, generated, systems
+from saccade.core.weights import PERMISSIVE
+from saccade.tools.catalog import build_index, cards, generated, notice, systems
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +26,17 @@ def test_every_claimed_system_is_of_the_mission_and_claimed_once():
     assert set(claims) <= set(slugs)
     own = [slug for slug in claims if not slug.startswith("survey_")]  # what a survey treats fills several files
     assert len(own) == len(set(own))
+
+
+def test_the_notice_names_whose_code_was_read_and_only_that():
+    text = notice()
+    assert "https://github.com/microsoft/Swin-Transformer, commit f82860b\n  licence: MIT" in text
+    named = {line.removeprefix("saccade/papers/").removesuffix(".py") for line in text.splitlines()
+             if line.startswith("saccade/papers/")}
+    assert named == {paper for paper, card in cards().items() if "code" in card.read and card.code}
+    licences = {line.partition(": ")[2] for line in text.splitlines() if line.startswith("  licence: ")}
+    assert licences <= PERMISSIVE  # code under other licences, or none, stays unread
+    assert "NOTICE" in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("paper", cards())
