@@ -94,3 +94,10 @@ class Squares(Dataset[tuple[Tensor, int]]):
         """Batches ((B, 3, S, S) uint8, (B,)): all in order, or whole ones only in the sampler's order."""
         workers = WORKERS if self.kept is None else 0
         return DataLoader(self, batch_size, sampler=sampler, drop_last=sampler is not None, num_workers=workers)
+
+
+def some(split: Split, number: int, img_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(N, 3, S, S) normalised: at most `number` pictures from all over a split, and so of many classes."""
+    squares = Squares(split, img_size)
+    places = sorted({i * len(squares) // number for i in range(number)})
+    return normalise(torch.stack([squares[i][0] for i in places]), mean, std)

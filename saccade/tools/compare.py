@@ -30,6 +30,8 @@ from saccade.core.files import write_whole
 from saccade.learn.data import ImageSet, open_images
 from saccade.tools.contestants import Contestant, contestants, pretrained_contestants, reason, references, start_of
 from saccade.tools.export import has_onnx
+from saccade.tools.graphs import add_int8, latency_of, write_graphs
+from saccade.tools.measure import ONNX
 from saccade.tools.products import ship_winner
 from saccade.tools.report import write_report
 from saccade.tools.ship import FOLDER, HINT, Shipped
@@ -179,8 +181,13 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
                     found[entrant.name] = _answers(arena, entrant, bar, watch)
             bar.ended(arena.work(entrant))
     standings = [Standing(each, found.get(each.name, []), failed.get(each.name)) for each in entrants]
+    with watch.bar("writing ONNX graphs", 1) as bar:
+        graphs = write_graphs(arena, standings, bar.share)
     with watch.bar("measuring all in turn", 1) as bar:
-        standings, numbers, models = race_all(arena, standings, bar.share)
+        files = {name: each.files for name, each in graphs.items()}
+        standings, numbers, models = race_all(arena, standings, files, bar.share)
+    with watch.waiting("int8 on the test images"):
+        add_int8(arena, graphs, numbers)
     seen: dict[str, Any] = {"images": [], "maps": {}}
     if arena.start != "probe":
         with watch.bar("drawing what they look at", 1) as bar:
@@ -192,11 +199,11 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
         "settings": {"start": arena.start, "img_size": arena.img_size, "seeds": list(range(arena.seeds)),
                      "epochs": None if arena.start == "probe" else arena.epochs, "batch_size": arena.batch_size,
                      "learning_rates": list(RATES.get(arena.start, ())), "budget": contest.budget,
-                     "threads": torch.get_num_threads(), "device": _device_name()},
+                     "threads": torch.get_num_threads(), "device": _device_name(), "latency": latency_of(graphs)},
         "contestants": [row(arena, each, numbers.get(each.entrant.name, {})) for each in standings],
         "recommendation": advise(arena, standings, numbers), "looks": seen}
     with watch.waiting("shipping the best"):
-        results["best"] = asdict(_ship(results, arena, standings, models))
+        results["best"] = asdict(_ship(results, arena, standings, models, files))
     with watch.waiting("writing the report"):
         write_whole(arena.out / "results.csv", table(results["contestants"]))
         write_report(results, arena.out / "report.html")
@@ -205,13 +212,17 @@ def _run(contest: Contest, arena: Arena, entrants: list[Contestant], began: floa
 
 
 def _ship(
-    results: dict[str, Any], arena: Arena, standings: Sequence[Standing], models: dict[str, nn.Module]
+    results: dict[str, Any],
+    arena: Arena,
+    standings: Sequence[Standing],
+    models: dict[str, nn.Module],
+    files: dict[str, dict[str, Path]],
 ) -> Shipped:
     """The contestant that is recommended, in best/."""
     choice = results["recommendation"]["choice"]
     for standing, found in zip(standings, results["contestants"], strict=True):
         if found["name"] == choice:
-            return ship_winner(arena, standing, found, models.get(choice))
+            return ship_winner(arena, standing, found, models.get(choice), files.get(choice, {}).get(ONNX))
     return Shipped("", False, missing="nothing is shipped: no contestant finished")
 
 

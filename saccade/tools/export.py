@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx.experimental._config as fx_config
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
@@ -20,9 +23,26 @@ from saccade.tools.measure import limited_threads
 
 onnxruntime = optional("onnxruntime", extra="export")
 onnxscript = optional("onnxscript", extra="export")
+quantization = optional("onnxruntime.quantization", extra="export")
+shape_inference = optional("onnxruntime.quantization.shape_inference", extra="export")
 torchao = optional("torchao", extra="quant")
 
 TOLERANCE = 1e-4
+CALIBRATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an ONNX graph is from the Python model on a number of real pictures.
+
+    `scores` is the largest difference of a score, relative to the largest score; `chances` that of a probability;
+    `agree` counts the pictures that both give the same class.
+    """
+
+    pictures: int
+    scores: float
+    chances: float
+    agree: int
 
 
 def has_onnx() -> bool:
@@ -69,16 +89,62 @@ def export_onnx(
     return found
 
 
-def export_square(model: nn.Module, file: Path, side: int) -> None:
-    """Write `file`: the model for RGB squares of `side` pixels, in batches of any number.
+def export_square(model: nn.Module, file: Path, images: Tensor) -> Parity:
+    """Write `file`: the model for RGB squares of the size of `images` (N, 3, S, S), in batches of any number.
 
-    One size is exported sooner and runs faster than all sizes, and suits what knows one size only.
+    One size is exported sooner and runs faster than all sizes, and suits what knows one size only. Raises SaccadeError
+    where onnxruntime differs on these images by more than TOLERANCE; the file is then not kept.
     """
     model = copy.deepcopy(model).cpu().eval()
     with torch.no_grad(), limited_threads(1):  # many small sums: threads would wait for each other
-        program = torch.export.export(model, (torch.randn(2, 3, side, side),),
+        program = torch.export.export(model, (torch.randn(2, *images.shape[1:]),),
                                       dynamic_shapes=({0: torch.export.Dim.AUTO},))
-        fill_whole(file, lambda part: write_onnx(program, part))
+        found: list[Parity] = []
+
+        def fill(part: Path) -> None:
+            write_onnx(program, part)
+            found.append(checked(model, part, images))
+
+        fill_whole(file, fill)
+    return found[0]
+
+
+def checked(model: nn.Module, file: Path, images: Tensor) -> Parity:
+    """The graph in a file beside the model on `images`, alone and in one batch; SaccadeError over TOLERANCE."""
+    session = open_session(file)
+    with torch.no_grad():
+        wanted = model(images).float()
+    together = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    alone = torch.from_numpy(session.run(None, {"image": images[:1].numpy()})[0])
+    both = torch.cat([together, alone]), torch.cat([wanted, wanted[:1]])
+    gaps = [float((got - true).abs().max()) for got, true in (both, [each.softmax(-1) for each in both])]
+    agree = int((together.argmax(-1) == wanted.argmax(-1)).sum())
+    found = Parity(len(images), gaps[0] / max(float(wanted.abs().max()), 1e-12), gaps[1], agree)
+    if not found.scores <= TOLERANCE:
+        raise SaccadeError(f"onnxruntime differs from PyTorch by {found.scores:.1e}, more than {TOLERANCE:.0e}")
+    return found
+
+
+def quantize(file: Path, target: Path, images: NDArray[np.float32]) -> None:
+    """Write the graph in `file` with int8 weights and activations in convolutions and matrix products.
+
+    `images` (N, 3, H, W) give the ranges of the activations once: to take them anew from each picture, as `int8` does,
+    is slow in convolutions.
+    """
+    batches = iter([{"image": batch} for batch in np.array_split(images, -(-len(images) // CALIBRATION_BATCH))])
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            return next(batches, None)
+
+    def fill(part: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            ready = Path(folder) / "ready.onnx"
+            shape_inference.quant_pre_process(file, ready, skip_symbolic_shape=True)
+            quantization.quantize_static(ready, part, Reader(), op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+                                         per_channel=True)
+
+    fill_whole(target, fill)
 
 
 def open_session(file: Path, threads: int | None = None) -> Any:

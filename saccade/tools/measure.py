@@ -22,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+EAGER, ONNX, INT8 = "PyTorch", "onnxruntime", "onnxruntime int8"  # what runs a network
+
 
 def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Mathematical multiply-adds of one evaluation forward on `inputs`, the whole batch.

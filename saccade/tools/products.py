@@ -37,10 +37,13 @@ def ship_run(trained: Trained, recipe: Recipe, out: Path) -> Shipped:
     return ship(product, out / FOLDER, trained.images.test)
 
 
-def ship_winner(arena: Arena, standing: Standing, row: dict[str, Any], model: nn.Module | None) -> Shipped:
+def ship_winner(
+    arena: Arena, standing: Standing, row: dict[str, Any], model: nn.Module | None, graph: Path | None = None
+) -> Shipped:
     """`best/` in the folder of a contest: `model` of one who took part, with the weights of its best seed.
 
-    `row` is its entry in the results. What is no network is not shipped, and what was there before goes.
+    `row` is its entry in the results, `graph` its ONNX file, where there is one. What is no network is not shipped, and
+    what was there before goes.
     """
     entrant, images = standing.entrant, arena.images
     if model is None:
@@ -62,7 +65,7 @@ def ship_winner(arena: Arena, standing: Standing, row: dict[str, Any], model: nn
         paper=_described(host["model"]) if host else entrant.name, img_size=arena.img_size,
         origin=entrant.begins(arena.start), data=_data(images), training=training, metrics=row["metrics"],
         caution=caution)
-    return ship(product, arena.out / FOLDER, images.test)
+    return ship(product, arena.out / FOLDER, images.test, graph)
 
 
 def _code(arena: Arena, entrant: Contestant, model: nn.Module) -> str:

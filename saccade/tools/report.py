@@ -15,6 +15,7 @@ from PIL import Image
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
 from saccade.tools import report_figures as draw
+from saccade.tools.measure import EAGER, INT8, ONNX
 from saccade.tools.render import render
 from saccade.tools.report_figures import Contestant, accuracy, digits, is_blind, latency, percent, scaled
 
@@ -35,7 +36,7 @@ class Column:
     value: Callable[[Contestant], float | None]
     write: Callable[[float], str]
     best: str = "ascending"
-    metric: str | None = None  # its interval is shown, too
+    span: Callable[[Contestant], dict[str, float] | None] = lambda one: None  # its interval
 
 
 def duration(seconds: float) -> str:
@@ -45,7 +46,20 @@ def duration(seconds: float) -> str:
 
 
 def _metric(name: str, title: str) -> Column:
-    return Column(title, lambda one: one["metrics"][name]["value"], percent, "descending", name)
+    return Column(title, lambda one: one["metrics"][name]["value"], percent, "descending",
+                  lambda one: one["metrics"][name])
+
+
+def _milliseconds(title: str, value: Callable[[Contestant], float | None]) -> Column:
+    return Column(title, value, lambda value: f"{digits(value)} ms")
+
+
+def _also(how: str) -> Callable[[Contestant], float | None]:
+    """The median latency by what does not count in the ranking."""
+    def found(one: Contestant) -> float | None:
+        took = (one.get("latencies_ms") or {}).get(how)
+        return None if took is None or took == one["latency_ms"] else took["p50"]
+    return found
 
 
 COLUMNS = (
@@ -55,8 +69,13 @@ COLUMNS = (
     Column("k-NN accuracy", lambda one: (one.get("knn_accuracy") or {}).get("value"), percent, "descending"),
     Column("Parameters", lambda one: one["params"], scaled),
     Column("MACs", lambda one: one["macs"], scaled),
-    Column("Latency p50", lambda one: latency(one, "p50"), lambda value: f"{digits(value)} ms"),
-    Column("Latency p95", lambda one: latency(one, "p95"), lambda value: f"{digits(value)} ms"),
+    _milliseconds("Latency p50", lambda one: latency(one, "p50")),
+    _milliseconds("Latency p95", lambda one: latency(one, "p95")),
+    _milliseconds("PyTorch p50", _also(EAGER)),
+    _milliseconds("onnxruntime p50", _also(ONNX)),
+    _milliseconds("int8 p50", _also(INT8)),
+    Column("int8 accuracy", lambda one: (one.get("int8_accuracy") or {}).get("value"), percent, "descending",
+           lambda one: one.get("int8_accuracy")),
     Column("Images/s", lambda one: one["throughput"], digits, "descending"),
     Column("Peak memory", lambda one: one["peak_memory"], lambda value: f"{digits(value / 2**20)} MiB"),
     Column("Training time", lambda one: one["training_seconds"], duration),
@@ -122,8 +141,7 @@ def _row(one: Contestant, columns: list[Column], advice: dict[str, Any], is_chos
     for column in columns:
         value = column.value(one)
         text = "–" if value is None else column.write(value)
-        interval = one["metrics"][column.metric] if column.metric else None
-        cells.append({"value": "" if value is None else value, "text": text, "interval": interval})
+        cells.append({"value": "" if value is None else value, "text": text, "interval": column.span(one)})
     badges = ["recommended"] if is_chosen else []
     badges += ["most accurate"] if one["name"] == advice.get("best") else []
     badges += ["tied with the best"] if one["name"] in advice.get("tied", ()) and "most accurate" not in badges else []

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 import saccade
 from saccade.core.checkpoint import write_safetensors
-from saccade.core.errors import SaccadeError
 from saccade.core.files import fill_folder_whole
 from saccade.core.origin import Origin
 from saccade.learn.data import Split
 from saccade.learn.train import Recipe
-from saccade.learn.transforms import Squares, normalise
+from saccade.learn.transforms import some
 from saccade.tools.contestants import reason
-from saccade.tools.export import TOLERANCE, export_square, has_onnx, open_session
+from saccade.tools.export import Parity, checked, export_square, has_onnx, open_session
 from saccade.tools.measure import count_macs, processor, race, summary
 from saccade.tools.render import render
 from saccade.tools.report_figures import digits, scaled
@@ -56,20 +55,6 @@ class Product:
     caution: str
     mean: tuple[float, ...] = Recipe.mean
     std: tuple[float, ...] = Recipe.std
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far an ONNX graph is from the Python model on a number of real pictures.
-
-    `scores` is the largest difference of a score, relative to the largest score; `chances` that of a probability;
-    `agree` counts the pictures that both give the same class.
-    """
-
-    pictures: int
-    scores: float
-    chances: float
-    agree: int
 
 
 @dataclass(frozen=True)
@@ -105,14 +90,19 @@ def ship(product: Product, folder: Path, test: Split, graph: Path | None = None)
     Without the extra `export`, or where the model cannot be exported or the graph differs by more than TOLERANCE, the
     graph and the program that needs it are left out, and the card says why.
     """
-    model, seen = deepcopy(product.model).cpu().eval(), pixels(product, test)
+    model = deepcopy(product.model).cpu().eval()
+    seen = some(test, PICTURES, product.img_size, product.mean, product.std)
     found: list[Shipped] = []
 
     def fill(part: Path) -> None:
         parity, missing = None, HINT
         if has_onnx():
             try:
-                parity, missing = _graph(model, part / "model.onnx", product.img_size, seen, graph), ""
+                if graph is None:
+                    export_square(model, part / "model.onnx", seen)
+                else:
+                    shutil.copyfile(graph, part / "model.onnx")
+                parity, missing = checked(model, part / "model.onnx", seen), ""
             except Exception as error:  # exporters raise whatever they like
                 (part / "model.onnx").unlink(missing_ok=True)
                 missing = f"model.onnx and predict.py are missing: {reason(error)}"
@@ -132,12 +122,6 @@ def ship(product: Product, folder: Path, test: Split, graph: Path | None = None)
     return found[0]
 
 
-def pixels(product: Product, split: Split) -> Tensor:
-    """(N, 3, S, S): the first pictures of a split as the model sees them, at most PICTURES."""
-    squares = Squares(split, product.img_size)
-    return normalise(torch.stack([squares[i][0] for i in range(min(PICTURES, len(split)))]), product.mean, product.std)
-
-
 def preprocessing(product: Product) -> dict[str, Any]:
     """What `evaluation_transform` and `normalise` do to a picture, in words that predict.py follows."""
     return {
@@ -148,29 +132,6 @@ def preprocessing(product: Product) -> dict[str, Any]:
         "mean": list(product.mean), "std": list(product.std), "pixels": "(value / 255 - mean) / std",
         "input": "image, float32 (batch, 3, img_size, img_size)", "output": "scores, float32 (batch, classes)",
     }
-
-
-def compare_graph(model: nn.Module, session: Any, images: Tensor) -> Parity:
-    """The graph beside the model on `images`, alone and in one batch."""
-    with torch.no_grad():
-        wanted = model(images).float()
-    together = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-    alone = torch.from_numpy(session.run(None, {"image": images[:1].numpy()})[0])
-    both = torch.cat([together, alone]), torch.cat([wanted, wanted[:1]])
-    gaps = [float((got - true).abs().max()) for got, true in (both, [each.softmax(-1) for each in both])]
-    agree = int((together.argmax(-1) == wanted.argmax(-1)).sum())
-    return Parity(len(images), gaps[0] / max(float(wanted.abs().max()), 1e-12), gaps[1], agree)
-
-
-def _graph(model: nn.Module, file: Path, side: int, images: Tensor, graph: Path | None) -> Parity:
-    if graph is None:
-        export_square(model, file, side)
-    else:
-        shutil.copyfile(graph, file)
-    found = compare_graph(model, open_session(file), images)
-    if not found.scores <= TOLERANCE:
-        raise SaccadeError(f"onnxruntime differs from PyTorch by {found.scores:.1e}, more than {TOLERANCE:.0e}")
-    return found
 
 
 def _cost(model: nn.Module, image: Tensor, folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from saccade.learn.score import Candidate
 from saccade.learn.train import Recipe
 from saccade.learn.transforms import Squares, normalise
 from saccade.tools.contestants import MAJORITY, Contestant, reason
-from saccade.tools.measure import count_macs, peak_memory, race, summary
+from saccade.tools.export import open_session
+from saccade.tools.measure import EAGER, INT8, ONNX, count_macs, peak_memory, race, summary
 from saccade.tools.trials import Answers, Arena, device, final_model
 
 ROUNDS = (10, 100)  # fewest and most rounds of a race
@@ -39,11 +41,16 @@ class Standing:
 
 
 def race_all(
-    arena: Arena, standings: Sequence[Standing], progress: Callable[[int, int], None]
+    arena: Arena,
+    standings: Sequence[Standing],
+    graphs: dict[str, dict[str, Path]],
+    progress: Callable[[int, int], None],
 ) -> tuple[list[Standing], dict[str, dict[str, Any]], dict[str, nn.Module]]:
     """Parameters, MACs, latency, throughput and memory of every finished contestant, by name, and its model.
 
     Latency is of one image, throughput and memory of a batch of the contest's size. What cannot be measured failed.
+    `graphs` are files for onnxruntime, {network: {ONNX: file, INT8: file}}, raced beside; the latency that counts is
+    onnxruntime's where all networks have one, so that all are measured alike, else PyTorch's.
     """
     kept, numbers, models = [], dict[str, dict[str, Any]](), dict[str, nn.Module]()
     single, batch = _pixels(arena, 1), _pixels(arena, arena.batch_size)
@@ -63,13 +70,18 @@ def race_all(
         # not inference_mode: tables that a model keeps from here serve gradients later
         with torch.no_grad():
             runs: dict[str, Callable[[], Any]] = {name: partial(model, images) for name, model in models.items()}
+            if what == "latency":
+                runs |= {f"{name} {how}": partial(open_session(file).run, None, {"image": single.cpu().numpy()})
+                         for name in models for how, file in graphs.get(name, {}).items()}
             once = sum(times[0] for times in race(runs, rounds=1).values()) or 1.0
             rounds = round(min(max(RACE_SECONDS / 2 / once, ROUNDS[0]), ROUNDS[1]))
             seconds[what] = race(runs, rounds=rounds, progress=progress)
+    counts = ONNX if models and all(ONNX in graphs.get(name, {}) for name in models) else EAGER
     for name in models:
-        latency = summary([1000 * second for second in seconds["latency"][name]])
+        timed = {EAGER: name} | {how: f"{name} {how}" for how in graphs.get(name, {})}
+        took = {how: summary([1000 * second for second in seconds["latency"][run]]) for how, run in timed.items()}
         throughput = len(batch) / summary(seconds["throughput"][name])["p50"]
-        numbers[name] |= {"latency_ms": latency, "throughput": throughput}
+        numbers[name] |= {"latency_ms": took[counts], "latencies_ms": took, "throughput": throughput}
     return kept, numbers, models
 
 
@@ -97,8 +109,9 @@ def row(arena: Arena, standing: Standing, numbers: dict[str, Any]) -> dict[str, 
     found: dict[str, Any] = {
         "name": entrant.name, "kind": entrant.kind, "host": entrant.host and entrant.host.name,
         "method": entrant.method, "params": None, "macs": None, "learning_rate": None, "curves": [],
-        "seeds": [], "metrics": None, "recall": None, "confusion": None, "latency_ms": None, "throughput": None,
-        "peak_memory": None, "training_seconds": None, "weights": None, "failed": standing.failed}
+        "seeds": [], "metrics": None, "recall": None, "confusion": None, "latency_ms": None, "latencies_ms": {},
+        "int8_accuracy": None, "graph_failed": None, "throughput": None, "peak_memory": None,
+        "training_seconds": None, "weights": None, "failed": standing.failed}
     if standing.failed is not None:
         return found
     classes, truth = arena.images.classes, np.array(arena.images.test.labels)
@@ -161,10 +174,13 @@ def table(contestants: Sequence[dict[str, Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     plain = ("learning_rate", "params", "macs", "throughput", "peak_memory", "training_seconds", "weights", "failed")
     spans = [f"{name}{end}" for name in score.METRICS for end in ("", "_low", "_high")]
-    writer.writerow(["name", "kind", *spans, "latency_ms_p50", "latency_ms_p95", *plain])
+    timed = (EAGER, ONNX, INT8)
+    writer.writerow(["name", "kind", *spans, "latency_ms_p50", "latency_ms_p95", *plain,
+                     *(f"{how.replace(' ', '_').lower()}_ms_p50" for how in timed), "int8_accuracy"])
     for one in contestants:
         metrics, latency = one["metrics"] or {}, one["latency_ms"] or {}
         values = [metrics.get(name, {}).get(end) for name in score.METRICS for end in ("value", "low", "high")]
         writer.writerow([one["name"], one["kind"], *values, latency.get("p50"), latency.get("p95"),
-                         *(one[key] for key in plain)])
+                         *(one[key] for key in plain), *(one["latencies_ms"].get(how, {}).get("p50") for how in timed),
+                         (one["int8_accuracy"] or {}).get("value")])
     return text.getvalue()

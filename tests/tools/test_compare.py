@@ -20,7 +20,7 @@ from saccade.learn import runs, train
 from saccade.learn.data import open_images
 from saccade.learn.loop import Outcome
 from saccade.tools import compare as room
-from saccade.tools import standings, trials
+from saccade.tools import graphs, ship, standings, trials
 from saccade.tools.compare import Contest, compare, seconds
 from saccade.tools.contestants import MAJORITY, NEIGHBORS, Contestant, contestants, references, start_of
 from saccade.tools.ship import Shipped
@@ -58,10 +58,16 @@ def no_classes():
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """One round of each race: what it counts is tested where the race is."""
+    """One round of each race, whose counting is tested where it is, and graphs, which take long, only where asked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standings, "ROUNDS", (1, 1))
+        _export_is_installed(patch, False)
         yield
+
+
+def _export_is_installed(patch: pytest.MonkeyPatch, installed: bool) -> None:
+    for module in (room, graphs, ship):
+        patch.setattr(module, "has_onnx", lambda: installed)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +160,7 @@ def test_files_say_the_same_as_the_results(finished: tuple[Contest, dict[str, An
 def test_the_recommended_network_is_shipped_with_the_weights_that_are_named(
         place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "references", lambda *_: [])
+    _export_is_installed(monkeypatch, True)
     asked, best = contest(place, tmp_path / "out", "mean"), tmp_path / "out" / "best"
     results = compare(asked)
     (found,) = results["contestants"]
@@ -175,6 +182,52 @@ def _run_card(best: Path) -> torch.nn.Module:
     exec(code.replace("model.safetensors", str(best / "model.safetensors")), names)
     model: torch.nn.Module = names["model"]
     return model
+
+
+def test_the_extra_export_installed_later_adds_graphs_and_trains_nothing(
+        place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "references", lambda *_: [])
+    asked = contest(place, tmp_path / "out", "mean", epochs=1, seeds=1)
+    before = compare(asked)
+    assert before["best"]["missing"] == ship.HINT and not (tmp_path / "out" / "best" / "predict.py").exists()
+    assert before["settings"]["latency"].startswith("PyTorch ") and compare(asked) == before
+    assert before["contestants"][0]["latencies_ms"].keys() == {"PyTorch"}
+    _export_is_installed(monkeypatch, True)
+    fits = _count_fits(monkeypatch)
+    results = compare(asked)
+    (found,) = results["contestants"]
+    assert not fits and (tmp_path / "out" / "best" / "predict.py").exists() and results["best"]["parity"]
+    assert results["settings"]["latency"].startswith("onnxruntime ")
+    assert found["latencies_ms"].keys() == {"PyTorch", "onnxruntime", "onnxruntime int8"}
+    assert found["latency_ms"] == found["latencies_ms"]["onnxruntime"]
+    assert found["metrics"] == before["contestants"][0]["metrics"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f">{title}<" in page for title in ("Latency p50", "PyTorch p50", "int8 p50", "int8 accuracy"))
+
+
+def test_all_are_ranked_by_what_runs_all(
+        place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One network that cannot be exported: nobody is ranked by onnxruntime, whose numbers stand beside."""
+    real = graphs.export_square
+
+    def export(model: torch.nn.Module, *rest: Any) -> Any:
+        if len(model) == 3:  # type: ignore[arg-type]  # `mean`
+            raise RuntimeError("no such operator")
+        return real(model, *rest)
+
+    monkeypatch.setattr(graphs, "export_square", export)
+    _export_is_installed(monkeypatch, True)
+    monkeypatch.setattr(room, "references", lambda *_: [])
+    results = compare(contest(place, tmp_path / "out", "small", "mean", epochs=1, seeds=1))
+    small, mean = results["contestants"]
+    assert mean["graph_failed"] == "RuntimeError: no such operator" and small["graph_failed"] is None
+    assert results["settings"]["latency"].endswith("nets.py:mean (RuntimeError: no such operator)")
+    assert [one["latency_ms"] for one in (small, mean)] == [one["latencies_ms"]["PyTorch"] for one in (small, mean)]
+    assert "onnxruntime" in small["latencies_ms"] and mean["int8_accuracy"] is None
+    right = graphs.predictions(_arena(place, tmp_path / "out"),
+                               tmp_path / "out" / small["weights"].rpartition("/seed")[0] / "model.int8.onnx")
+    labels = open_images(str(place / "photos")).test.labels
+    assert small["int8_accuracy"]["value"] == pytest.approx(np.mean(right == np.array(labels)))
 
 
 def test_what_is_no_network_is_not_shipped(finished: tuple[Contest, dict[str, Any]]) -> None:
@@ -369,6 +422,7 @@ def test_no_finite_loss_at_any_rate_is_a_failure(place: Path, tmp_path: Path, mo
 
 def test_a_probe_trains_nothing_and_says_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "references", lambda *_: [])  # ResNet-18 would be downloaded
+    _export_is_installed(monkeypatch, True)
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("it trained"))
     results = compare(contest(place, tmp_path / "out", "mean", epochs=None, start="probe"))
     found = named(results, ":mean")

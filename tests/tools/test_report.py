@@ -57,7 +57,7 @@ def fake_results() -> dict[str, Any]:
         },
         "settings": {
             "start": "scratch", "img_size": 64, "epochs": 30, "seeds": [0, 1], "batch_size": 32,
-            "learning_rates": [1e-3, 5e-4], "budget": None, "threads": 2,
+            "learning_rates": [1e-3, 5e-4], "budget": None, "threads": 2, "latency": "onnxruntime 1.32.0, 2 threads",
         },
         "contestants": [*contestants[:3], failed, *contestants[3:]],
         "recommendation": {"best": "biformer_tiny", "tied": ["rmt_t"], "choice": "rmt_t", "sentence": sentence},
