@@ -17,7 +17,7 @@ from saccade.learn.train import Recipe
 from saccade.learn.transforms import Squares, normalise, some
 from saccade.tools.contestants import reason
 from saccade.tools.export import export_square, has_onnx, open_session, quantize
-from saccade.tools.measure import INT8, ONNX, processor
+from saccade.tools.measure import INT8, ONNX, conditions
 from saccade.tools.standings import Standing
 from saccade.tools.trials import Arena, final_model
 
@@ -65,7 +65,7 @@ def _written(arena: Arena, standing: Standing) -> Graphs:
 
 def latency_of(graphs: dict[str, Graphs]) -> str:
     """What the latency that counts was measured with."""
-    where = f"one picture, {torch.get_num_threads()} threads, {processor()}"
+    where = conditions()
     if not graphs:
         missing = "" if has_onnx() else '; pip install "saccade[export]" ranks by onnxruntime'
         return f"PyTorch {torch.__version__}, {where}{missing}"

@@ -185,6 +185,12 @@ def limited_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def conditions() -> str:
+    """What a latency on this processor depends on: "one picture, 2 threads, AMD EPYC"."""
+    threads = torch.get_num_threads()
+    return f"one picture, {threads} thread{'s' * (threads != 1)}, {processor()}"
+
+
 def processor() -> str:
     """What the processor of this machine calls itself."""
     try:

@@ -23,6 +23,8 @@ from saccade.tools.trials import Arena, best_seed
 
 ONE = "One training: the intervals know the luck of the pictures, not that of training."
 
+REFERENCES = {"narrow ResNet": "narrow ResNet: ResNet-18 at a quarter of its width, with a 3x3 stem"}
+
 
 def ship_run(trained: Trained, recipe: Recipe, out: Path) -> Shipped:
     """`best/` in the folder of a training."""
@@ -31,7 +33,7 @@ def ship_run(trained: Trained, recipe: Recipe, out: Path) -> Shipped:
         name=run.name, model=run.model, paper=_described(run.name), classes=run.classes, img_size=run.img_size,
         code=f"model = {_call(run.name, {'num_classes': len(run.classes), 'img_size': run.img_size})}",
         origin=run.origin, data=_data(trained.images), metrics=trained.metrics["test_intervals"], caution=ONE,
-        training=f"{recipe.epochs} epochs, batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
+        training=f"{_epochs(recipe.epochs)}, batch {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
                  f"{recipe.img_size} pixels, seed {recipe.seed}",
         mean=run.mean, std=run.std)
     return ship(product, out / FOLDER, trained.images.test)
@@ -50,19 +52,22 @@ def ship_winner(
         shutil.rmtree(arena.out / FOLDER, ignore_errors=True)
         return Shipped(entrant.name, False,
                        missing=f"nothing is shipped: {entrant.name}, which is recommended, is no network")
-    training = f"{arena.epochs} epochs, batch {arena.batch_size}, {arena.img_size} pixels, start {arena.start}"
+    seed, rate = best_seed(standing.answers), row["learning_rate"]
+    training = (f"{_epochs(arena.epochs)}, batch {arena.batch_size}, "
+                + (f"learning rate {rate:g}, " if rate else "")  # what a method is applied to was trained as another
+                + f"{arena.img_size} pixels, seed {seed}, start {arena.start}")
     caution = ONE
     if isinstance(model, Probed):
         training = f"a linear classifier on frozen features, {arena.img_size} pixels"
     elif arena.seeds > 1:
-        seed = best_seed(standing.answers)
         own = next(one for one in row["seeds"] if one["seed"] == seed)
         caution = (f"Means over {arena.seeds} trainings. The weights here are those of seed {seed}, the best on "
                    f"validation: accuracy {percent(own['accuracy'])} on the test pictures.")
-    host = (entrant.host or entrant).registered
+    host = entrant.host or entrant
     product = Product(
         name=entrant.name, model=model, code=_code(arena, entrant, model), classes=images.classes,
-        paper=_described(host["model"]) if host else entrant.name, img_size=arena.img_size,
+        paper=_described(host.registered["model"]) if host.registered else REFERENCES.get(host.name, host.name),
+        img_size=arena.img_size,
         origin=entrant.begins(arena.start), data=_data(images), training=training, metrics=row["metrics"],
         caution=caution)
     return ship(product, arena.out / FOLDER, images.test, graph)
@@ -88,6 +93,10 @@ def _code(arena: Arena, entrant: Contestant, model: nn.Module) -> str:
         lines = ["import torch", "from saccade.learn.probe import Probed", *lines,
                  f"model = Probed(model, torch.nn.Linear({model.head.in_features}, {model.head.out_features}))"]
     return "\n".join(lines)
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number != 1)}"
 
 
 def _call(name: str, options: Mapping[str, Any], function: str = "saccade.create_model(") -> str:

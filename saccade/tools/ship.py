@@ -24,7 +24,7 @@ from saccade.learn.train import Recipe
 from saccade.learn.transforms import some
 from saccade.tools.contestants import reason
 from saccade.tools.export import Parity, checked, export_square, has_onnx, open_session
-from saccade.tools.measure import count_macs, processor, race, summary
+from saccade.tools.measure import conditions, count_macs, race, summary
 from saccade.tools.render import render
 from saccade.tools.report_figures import digits, scaled
 
@@ -148,7 +148,7 @@ def _cost(model: nn.Module, image: Tensor, folder: Path) -> dict[str, str]:
         runs = {"onnxruntime": lambda: session.run(None, {"image": image.numpy()})} | runs
     with torch.no_grad():
         seconds = race(runs, rounds=ROUNDS)
-    where = f"one picture, {torch.get_num_threads()} threads, {processor()}"
+    where = conditions()
     for name, times in seconds.items():
         took = summary([1000 * second for second in times])
         found[f"{name}, {where}"] = f"p50 {digits(took['p50'])} ms, p95 {digits(took['p95'])} ms"

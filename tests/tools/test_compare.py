@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from saccade.core.errors import SaccadeError
+from saccade.core.origin import Origin, of_model
 from saccade.learn import runs, train
 from saccade.learn.data import open_images
 from saccade.learn.loop import Outcome
@@ -173,6 +175,31 @@ def test_the_recommended_network_is_shipped_with_the_weights_that_are_named(
     assert "as mean of nets.py makes it" in card and 'href="best/MODEL_CARD.md"' in page
     built = _run_card(best)
     assert all(torch.equal(value, shipped[name]) for name, value in built.state_dict().items())
+
+
+def test_the_licence_of_what_the_winner_began_with_is_minded(
+        place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a line of the terminal, in the report and on the card."""
+    (mean,) = contestants((f"{place}/nets.py:mean",), (), 8)
+    theirs = replace(mean, origin=Origin("theirs.pth", licence="CC-BY-NC-4.0"))
+    monkeypatch.setattr(room, "contestants", lambda *_: [theirs])
+    monkeypatch.setattr(room, "references", lambda *_: [])
+    results = compare(contest(place, tmp_path / "out", "mean", epochs=1, seeds=1, start="finetune"))
+    said = "the starting weights (theirs.pth) are under CC-BY-NC-4.0, which forbids commercial use"
+    assert results["best"]["warning"].startswith(said)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"warning: {said}")
+    assert said in (tmp_path / "out" / "report.html").read_text()
+    assert said in (tmp_path / "out" / "best" / "MODEL_CARD.md").read_text()
+
+
+def test_contestants_know_whose_weights_they_begin_with(place: Path) -> None:
+    ours, timms, file = contestants(("swin_tiny", "timm:resnet18", f"{place}/nets.py:mean"), (), 32)
+    assert ours.begins("finetune") == ours.begins("probe") == of_model("swin_tiny")
+    assert ours.begins("scratch") == timms.begins("scratch") == Origin()
+    assert timms.begins("finetune").licence == "apache-2.0" and not timms.begins("finetune").warning
+    assert file.begins("scratch").source == "as mean of nets.py makes it" and not file.begins("scratch").warning
+    reduced = contestants(("deit_tiny",), (), 32, ("evit:keep=0.7",))
+    assert reduced[1].begins("finetune") == reduced[0].begins("finetune") == of_model("deit_tiny")
 
 
 def _run_card(best: Path) -> torch.nn.Module:

@@ -65,7 +65,7 @@ def test_int8_holds_convolutions_and_layers_near_the_scores(network: nn.Module, 
 
 def test_latency_says_with_what_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, none = Graphs({ONNX: Path("a"), INT8: Path("b")}), Graphs({}, "RuntimeError: no such operator")
-    threads = f"one picture, {torch.get_num_threads()} threads"
+    threads = f"one picture, {torch.get_num_threads()} thread"
     assert latency_of({"a": whole}).startswith("onnxruntime ") and threads in latency_of({"a": whole})
     assert "not onnxruntime, which has no graph of b (RuntimeError: no such operator)" in latency_of(
         {"a": whole, "b": none})
