@@ -238,7 +238,7 @@ def _run_file(path: Path) -> ModuleType:
 
 def reason(error: BaseException) -> str:
     """An error in one line: what it says, after its kind where that is not our own."""
-    said = (str(error).strip() or "no message").splitlines()[0]
+    said = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).strip() or "no message").splitlines()[0])  # colours of a terminal
     return said if isinstance(error, SaccadeError) else f"{type(error).__name__}: {said}"
 
 

@@ -151,6 +151,7 @@ def open_session(file: Path, threads: int | None = None) -> Any:
     """An onnxruntime session on the processor, with so many threads (None: as many as torch has)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 4  # what fails is raised: it need not be printed, too
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
