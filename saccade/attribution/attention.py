@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attribution.classifier import as_map, evaluating, resize, token_grid
+from saccade.attribution.classifier import as_map, evaluating, resize
 from saccade.core.errors import SaccadeError
 from saccade.core.record import Affinity, Part, record
 from saccade.parts.scores import chosen
+from saccade.parts.tokens import token_grid
 
 
 def raw_attention(model: nn.Module, image: Tensor, target: Tensor, layer: str | None = None) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from saccade.core.errors import SaccadeError
 from saccade.core.evaluation import evaluation
 from saccade.parts.scores import chosen
+from saccade.parts.tokens import token_grid
 
 # Leaves whose outputs are tokens or maps in shape alone: parts of a projection, or attention weights.
 NO_MAPS = (nn.Linear, nn.Dropout, nn.Identity, nn.Softmax)
-MOST_PREFIX_TOKENS = 16
 
 
 @contextmanager
@@ -29,20 +29,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, h, w) as (B, H, W), bilinear, without aligned corners."""
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
-    """Prefix tokens and grid (h, w) of a sequence over a picture: the fewest prefix tokens that leave whole rows.
-
-    A grid has ceil(height / s) x ceil(width / s) tokens for a stride s. None where no stride fits.
-    """
-    strides = range(1, min(height, width) + 1)
-    grids = {(-(-height // stride), -(-width // stride)) for stride in strides}
-    for prefix in range(MOST_PREFIX_TOKENS + 1):
-        for grid in grids:
-            if grid[0] * grid[1] == tokens - prefix and tokens - prefix > 1:
-                return prefix, grid
-    return None
 
 
 def as_map(value: Any, height: int, width: int) -> Callable[[Tensor], Tensor] | None:

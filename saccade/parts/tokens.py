@@ -9,6 +9,8 @@ from torch import Tensor
 
 from saccade.ops.tables import table
 
+MOST_PREFIX_TOKENS = 16
+
 
 def join(x: Tensor, prefix: Tensor | None) -> Tensor:
     """(B, *grid, C) and (B, P, C) -> (B, P + N, C); without a prefix, (B, N, C)."""
@@ -59,3 +61,17 @@ def strided_tokens(
         place = (torch.arange(keys, device=device) * stride + (stride - 1) // 2).clamp(max=side - 1)
         numbers = (numbers[:, None] * side + place).flatten()
     return torch.cat([torch.arange(prefix, device=device), numbers + prefix])[None]
+
+
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]] | None:
+    """Prefix tokens and grid (h, w) of a sequence over a picture: the fewest prefix tokens that leave whole rows.
+
+    A grid has ceil(height / s) x ceil(width / s) tokens for a stride s. None where no stride fits.
+    """
+    strides = range(1, min(height, width) + 1)
+    grids = {(-(-height // stride), -(-width // stride)) for stride in strides}
+    for prefix in range(MOST_PREFIX_TOKENS + 1):
+        for grid in grids:
+            if grid[0] * grid[1] == tokens - prefix and tokens - prefix > 1:
+                return prefix, grid
+    return None

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.attribution.classifier import token_grid
 from saccade.core.record import Affinity, Part
 from saccade.parts.host import Kept
+from saccade.parts.tokens import token_grid
 
 MOST_PREFIX = 5  # a class token and four registers; more are a wrong guess, where tokens were dropped
 MOST_TOKENS = 2**15 - 1  # numbers of tokens are 16 bits wide

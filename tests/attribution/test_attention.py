@@ -34,7 +34,7 @@ def foreign(name):
         num_labels=5)).eval()
 
 
-@pytest.mark.parametrize("method", ROLLOUTS)
+@pytest.mark.parametrize("method", (*ROLLOUTS, "cd_t"))
 def test_planted_patch_is_found(method):
     """The last layer's raw weights and the likeness to the class token make no such claim: both miss it here."""
     x, label, where = pictures(12, seed=0)
@@ -54,7 +54,7 @@ def test_rollout_is_the_product_of_the_layers():
     assert_close(product.sum(-1), torch.ones_like(product[..., 0]))
 
 
-@pytest.mark.parametrize("method", ROLLOUTS + OTHERS)
+@pytest.mark.parametrize("method", (*ROLLOUTS, *OTHERS, "cd_t"))
 def test_maps_change_when_the_weights_are_randomised(method):
     x, label, _ = pictures(4, seed=0)
     torch.manual_seed(5)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from saccade import SaccadeError, create_model
-from saccade.attribution.classifier import token_grid
 from saccade.attribution.explanation import METHODS, explain, list_explainers
+from saccade.parts.tokens import token_grid
 from tests.attribution.planted import auc, convolutional, pictures, trained
 
 # The least area under the curve with which a method must find the planted patch, by model; a blind map has 0.5.
