@@ -101,12 +101,13 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("host", nargs="?", default="deit_tiny_patch16_224")
+    parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with torch.inference_mode():
-        host = Transformer(create_model(options.host), torch.randn(1, 3, 224, 224), split=True)
+        host = Transformer(create_model(options.host), torch.randn(1, 3, options.size, options.size), split=True)
         patching, nodes, last = PathPatching(host), host.nodes(), len(host.layers) - 1
         targets = [node for node in nodes if node.layer == last]
         senders = [node for node in nodes if node.layer < last]
@@ -130,8 +131,8 @@ def main() -> None:
                              f"{rank_correlation(given, wanted):.2f} |")
     write_section("circuits", "\n".join([
         "## Circuits: CD-T beside path patching", "",
-        f"`python -m benchmarks.circuits`: {options.host} (fresh weights), a picture of 224 x 224, {len(nodes)} heads, "
-        f"{platform.machine()}, one thread, torch {torch.__version__}, float32, {options.rounds} alternating rounds. "
+        f"`python -m benchmarks.circuits`: {options.host} (fresh weights, {len(nodes)} heads), a picture of side "
+        f"{options.size}, {platform.machine()}, one thread, torch {torch.__version__}, {options.rounds} rounds. "
         "Both start at the cached tokens of a head's layer and take its heads together. Speed is the median of the "
         "rounds' ratios; agreement is the rank correlation with path patching of how much each head gives.", "",
         "| question | method | seconds | times as fast | agreement |", "|---|---|--:|--:|--:|", *lines]))

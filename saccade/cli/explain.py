@@ -22,6 +22,7 @@ def explain(
     method: Annotated[str, typer.Option(help="Attribution methods with commas between, or all.")] = "all",
     target: Annotated[str | None, typer.Option(help="The class to explain, by name or number; else the first.")] = None,
     apply: Annotated[str | None, typer.Option(help="A method that drops tokens, as in evit:keep=0.7.")] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Also what each head does and matters.")] = False,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
 ) -> None:
     """Why a classifier said so: one page with maps, attention, and how far to trust them."""
@@ -32,7 +33,7 @@ def explain(
 
     watch = Watch(Console(stderr=True))
     question = Question(pictures, model, checkpoint, pretrained,
-                        listed(method), target, apply,
+                        listed(method), target, apply, heads,
                         f"saccade {shlex.join(sys.argv[1:])}")
     with watch.bar("explaining", 1) as bar:
         def show(text: str, done: int, total: int) -> None:

@@ -25,6 +25,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.names import closest, match_modules
 
 Where = Callable[[], tuple[Tensor, Tensor]]
+Change = Callable[[str, Tensor], Tensor]  # a module's name and its weights -> the weights to go on with
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,15 @@ class _Frame:
 class Recording:
     """What `record` gives: the affinity of each module that computed one, by the module's name."""
 
-    def __init__(self, attached: bool = False) -> None:
+    def __init__(self, attached: bool = False, change: Change | None = None) -> None:
         self.affinities: dict[str, Affinity] = {}
-        self.attached = attached
+        self.attached, self.change = attached, change
         self._running: list[_Frame] = []
+
+    @property
+    def decides(self) -> bool:
+        """Whether outputs have to come through the weights that are kept."""
+        return self.attached or self.change is not None
 
     def keys(self) -> list[str]:
         return list(self.affinities)
@@ -116,23 +122,26 @@ class Recording:
             raise SaccadeError(f"nothing was recorded for {name!r}{closest(name, self.affinities)}")
         return Affinity(parts)
 
-    def add(self, weights: Tensor, where: Where | None) -> None:
+    def add(self, weights: Tensor, where: Where | None) -> Tensor:
+        """Keep the weights; what stands for them in the forward."""
         named = [frame.name for frame in self._running if not isinstance(frame.module, nn.Softmax)]
         if not named or named[-1] is None:
-            return  # a module that the pattern left out
+            return weights  # a module that the pattern left out
         query, key = where() if where is not None else (None, None)
+        weights = weights if self.change is None else self.change(named[-1], weights)
         part = Part(weights if self.attached else weights.detach(), query, key)
         self.affinities.setdefault(named[-1], Affinity()).parts.append(part)
+        return weights
 
-    def add_foreign(self, weights: Tensor) -> None:
+    def add_foreign(self, weights: Tensor) -> Tensor:
         """Weights (B', heads, Nq, Nk) that PyTorch computed; those of our own code are noted by `attend`."""
         if weights.ndim != 4 or _ours_calls():
-            return
+            return weights
         count, tokens = weights.shape[-2:]
         batch = next((frame.shape[0] for frame in self._running if frame.shape), None)
         whole = count == tokens and weights.shape[0] == batch and any(count in one.tokens() for one in self._running)
         numbers = torch.arange(count, device=weights.device)[None]
-        self.add(weights, (lambda: (numbers, numbers)) if whole else None)
+        return self.add(weights, (lambda: (numbers, numbers)) if whole else None)
 
 
 def _ours_calls() -> bool:
@@ -160,19 +169,19 @@ class _Foreign(TorchFunctionMode):
             asked = inspect.signature(func).bind(*args, **kwargs).arguments
             out, weights = func(**asked | {"need_weights": True, "average_attn_weights": False})
             assert weights is not None
-            self.recording.add_foreign(weights)
-            if self.recording.attached:
+            weights = self.recording.add_foreign(weights)
+            if self.recording.decides:
                 out = _mixed(weights, asked)
             mean = asked.get("average_attn_weights", True)
             return out, (weights.mean(-3) if mean else weights) if asked.get("need_weights", True) else None
         if func is F.scaled_dot_product_attention:
             weights = _weights(*args, **kwargs)
-            self.recording.add_foreign(weights)
-            if self.recording.attached and not kwargs.get("enable_gqa"):  # what comes of them has to come through them
+            weights = self.recording.add_foreign(weights)
+            if self.recording.decides and not kwargs.get("enable_gqa"):  # what comes of them has to come through them
                 return weights @ (kwargs["value"] if "value" in kwargs else args[2])
         out = func(*args, **kwargs)
         if func in SOFTMAX and out.ndim == 4 and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, 3):
-            self.recording.add_foreign(out)
+            out = self.recording.add_foreign(out)
         return out
 
 
@@ -215,19 +224,23 @@ def recording() -> bool:
     return bool(_recordings)
 
 
-def note(weights: Tensor, where: Where | None = None) -> None:
-    """Hand weights that did not come from `attend` (routing scores, gates) to whoever watches."""
+def note(weights: Tensor, where: Where | None = None) -> Tensor:
+    """Hand weights to whoever watches; returned is what to go on with, which a watcher may have changed."""
     for watcher in _recordings:
-        watcher.add(weights, where)
+        weights = watcher.add(weights, where)
+    return weights
 
 
 @contextmanager
-def record(model: nn.Module, layers: str = "*", attached: bool = False) -> Iterator[Recording]:
+def record(
+    model: nn.Module, layers: str = "*", attached: bool = False, change: Change | None = None
+) -> Iterator[Recording]:
     """Record the weights of the modules of `model` that the pattern `layers` names, in forwards inside the block.
 
-    `attached` weights stay in the graph of an evaluation, so that the slopes of a score can be asked of them.
+    `attached` weights stay in the graph of an evaluation, so that the slopes of a score can be asked of them. What
+    `change(name, weights)` returns goes on in their place, where a module gets its output from them (attention does).
     """
-    result = Recording(attached)
+    result = Recording(attached, change)
 
     def enter(name: str | None) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -65,5 +65,4 @@ def affinity(
     """softmax(scale q k^T + bias), written out: for a mechanism that applies the same weights several times."""
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     weights = (logits if bias is None else logits + bias).softmax(-1)
-    note(weights, where)
-    return weights
+    return note(weights, where)

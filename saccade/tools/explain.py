@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from saccade.parts.scores import scores
 from saccade.tools.classifiers import Classifier, open_classifier
 from saccade.tools.contestants import reason
 from saccade.tools.explain_attention import encoded, layers, packed, tokens_left, watching_kept
+from saccade.tools.explain_heads import heads
 from saccade.tools.render import render
 
 TOP = 5  # classes shown
@@ -51,6 +53,7 @@ class Question:
     methods: Sequence[str] = ("all",)
     target: str | None = None
     applied: str | None = None
+    heads: bool = False
     command: str = ""
 
 
@@ -87,9 +90,10 @@ def collect(question: Question, progress: Progress = lambda text, done, total: N
         classifier = replace(classifier, notes=(*classifier.notes, f"Applied to the model: {question.applied}."))
     asked = None if question.target is None else classifier.number(question.target)
     mixed, total = _copy(classifier.model), len(pictures) * len(methods)
-    found = []
+    found, images = [], []
     for number, (path, picture) in enumerate(zip(question.pictures, pictures, strict=True)):
         image = classifier.see(picture)[None]
+        images.append(image)
 
         def show(text: str, done: int, number: int = number) -> None:
             progress(text, number * len(methods) + done, total)
@@ -101,7 +105,9 @@ def collect(question: Question, progress: Progress = lambda text, done, total: N
     failed = [one["failed"] for entry in found for one in entry["maps"]]
     if all(failed):
         raise SaccadeError(f"no method gives a map: {'; '.join(dict.fromkeys(failed))}")
+    targets = [entry["target"]["number"] for entry in found]
     return {
+        "heads": heads(classifier.model, images, targets, partial(progress, "heads")) if question.heads else None,
         "saccade": saccade.__version__, "command": question.command, "model": classifier.name,
         "applied": question.applied, "notes": list(classifier.notes), "pictures": found, "scale": SCALE,
         "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),

@@ -255,6 +255,57 @@ def test_in_a_browser(page: Path) -> None:
         assert found.is_calm_and_offline()
 
 
+@pytest.fixture(scope="module")
+def heads_page(folder: Path, images: list[Path]) -> tuple[Path, dict[str, Any]]:
+    out = folder / "heads.html"
+    return out, write_page(Question(images[:2], str(folder / "run"), methods=("gradient",), heads=True), out)
+
+
+def test_heads_on_the_page(heads_page: tuple[Path, dict[str, Any]]) -> None:
+    said = heads_page[1]["heads"]
+    assert said["layers"] == [f"blocks.{number}.mixer" for number in range(6)]
+    assert [one["name"] for one in said["metrics"]] == ["drop", "moved", "turned", "alone"]
+    assert all(len(row) == 2 for one in said["metrics"] for row in one["values"])
+    for one in said["reach"]:
+        whole = [sum(rings) + rest for rings, rest in zip(one["rings"], one["prefix"], strict=True)]
+        assert whole == pytest.approx([1, 1])
+        assert len(one["rings"][0]) == 8 and all(0 <= far <= 7 for far in one["distance"])
+    points = said["patterns"]["points"]
+    assert len(points) == 24 and {one["picture"] for one in points} == {0, 1}
+    assert decoded(points[0]["map"], "u1", 32, 32).max() == 255
+
+
+def test_heads_need_attention(images: list[Path]) -> None:
+    with pytest.raises(SaccadeError, match="heads need a network with softmax attention"):
+        collect(Question(images[:1], "convnext_nano", methods=("gradient",), heads=True))
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_heads_in_a_browser(heads_page: tuple[Path, dict[str, Any]]) -> None:
+    values = heads_page[1]["heads"]["metrics"][0]["values"]
+    with opened(heads_page[0]) as found:
+        seen = found.page
+        cells = seen.locator("#importance button")
+        assert cells.count() == 12 and seen.locator("#importance [aria-pressed=true]").count() == 1
+        best = max(range(12), key=lambda cell: values[cell // 2][cell % 2])
+        reading = seen.locator("#head-reading").inner_text()
+        assert f"blocks.{best // 2}, head {best % 2 + 1}: probability lost" in reading
+        cells.nth(7).click()
+        assert "blocks.3, head 2" in seen.locator("#head-reading").inner_text()
+        assert seen.locator("#heads-title").inner_text() == "Heads of blocks.3.mixer"  # the attention above follows
+        assert seen.locator("#rings .line").count() == 2 and seen.locator("#plane .point.chosen").count() == 2
+        before = seen.evaluate("document.querySelector('#pattern').toDataURL()")
+        seen.locator("#plane .point").nth(0).dispatch_event("pointerenter")
+        assert seen.evaluate("document.querySelector('#pattern').toDataURL()") != before
+        assert seen.locator("#pattern-name").inner_text().startswith("blocks.0, head 1")
+        seen.locator("#metrics button").nth(3).click()
+        assert "only one of its layer" in seen.locator("#metric-about").inner_text()
+        seen.set_viewport_size({"width": 420, "height": 900})
+        assert seen.evaluate("document.documentElement.scrollWidth") == 420
+        assert found.is_calm_and_offline()
+
+
 @pytest.mark.browser
 @needs_chromium
 def test_a_picture_without_maps_beside_one_that_has_some(answer: dict[str, Any], tmp_path: Path) -> None:
