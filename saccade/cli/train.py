@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.cli.shared import Devices, Nodes, Strategy, Strict, app, listed
 from saccade.core.errors import SaccadeError
+
+if TYPE_CHECKING:
+    from saccade.learn.loop import Progress
 
 CLASSIFIERS, RESTORERS = "Options of classifiers", "Options of networks that restore"
 
@@ -60,7 +65,7 @@ def train(
 ) -> None:
     """Train one model on a set of images: a classifier, or a network that restores pictures."""
     from saccade.learn import runs
-    from saccade.learn.loop import Machines, Progress, first_process
+    from saccade.learn.loop import Machines, first_process
     from saccade.learn.restoration import runs as restoration
     from saccade.learn.restoration import train as restorers
     from saccade.learn.train import Recipe
@@ -72,37 +77,40 @@ def train(
     _refuse(context, CLASSIFIERS if restores else RESTORERS, model)
     common: dict[str, Any] = dict(learning_rate=learning_rate, seed=seed)
     common |= {name: value for name, value in (("epochs", epochs), ("batch_size", batch_size)) if value is not None}
-    machines = Machines(devices, nodes, strategy)
+    shared: dict[str, Any] = dict(checkpoint=checkpoint, strict=strict, machines=Machines(devices, nodes, strategy))
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Callable[[Progress], None]]:
+        with watch.bar(f"training {model}", total) as bar:
+            yield lambda now: bar.at(now.epoch - 1 + now.step / now.steps,
+                                     f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
+
     if restores:
-        recipe: Any = restorers.Recipe(steps=steps, patches=_sides(patch), losses=_losses(loss), average=average,
-                                       **common)
+        if degraded is not None and degradation:
+            raise SaccadeError(f"--degradation {degradation} and --degraded {degraded}: give one of the two")
+        patches = restorers.Recipe(steps=steps, patches=_sides(patch), losses=_losses(loss), average=average, **common)
+        with progress(patches.epochs) as show:
+            found = restoration.train(Path(data), model, out, patches, how=degraded or degradation, progress=show,
+                                      **shared)
+        notes, before, after = found["data"]["notes"], found["before"], found["after"]
+        reached = (f"PSNR {after['psnr_y']:.2f} dB on Y and {after['psnr_rgb']:.2f} dB on RGB where they were "
+                   f"{before['psnr_y']:.2f} and {before['psnr_rgb']:.2f}, SSIM {after['ssim_y']:.4f} where it was "
+                   f"{before['ssim_y']:.4f}")
     else:
-        recipe = Recipe(img_size=img_size, drop_path_rate=drop_path_rate, **common)
-    with watch.bar(f"training {model}", recipe.epochs) as bar:
-        def show(now: Progress) -> None:
-            bar.at(now.epoch - 1 + now.step / now.steps, f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
-        if restores:
-            if degraded is not None and degradation:
-                raise SaccadeError(f"--degradation {degradation} and --degraded {degraded}: give one of the two")
-            found: Any = restoration.train(Path(data), model, out, recipe, how=degraded or degradation, strict=strict,
-                                      checkpoint=checkpoint, machines=machines, progress=show)
-        else:
-            found = runs.train(data, model, out, recipe, checkpoint=checkpoint, strict=strict, machines=machines,
-                               progress=show)
+        squares = Recipe(img_size=img_size, drop_path_rate=drop_path_rate, **common)
+        with progress(squares.epochs) as show:
+            trained = runs.train(data, model, out, squares, progress=show, **shared)
+        notes = trained.images.notes
+        val, test = (trained.metrics[part]["accuracy"] for part in ("val", "test"))
+        reached = f"validation {val:.1%}, test {test:.1%}"
     if not first_process():
         return
-    for note in found["data"]["notes"] if restores else found.images.notes:
+    for note in notes:
         watch.line(f"note: {note}")
-    if restores:
-        before, after = found["before"], found["after"]
-        watch.line(f"{model}: PSNR {after['psnr_y']:.2f} dB on Y and {after['psnr_rgb']:.2f} dB on RGB where they were "
-                   f"{before['psnr_y']:.2f} and {before['psnr_rgb']:.2f}, SSIM {after['ssim_y']:.4f} where it was "
-                   f"{before['ssim_y']:.4f}; in {out}")
-    else:
-        val, test = (found.metrics[part]["accuracy"] for part in ("val", "test"))
-        watch.line(f"{model}: validation {val:.1%}, test {test:.1%}; in {out}")
+    watch.line(f"{model}: {reached}; in {out}")
+    if not restores:
         with watch.waiting("shipping it"):
-            shipped = ship_run(found, recipe, out)
+            shipped = ship_run(trained, squares, out)
         for line in shipped.lines(out / FOLDER):
             watch.line(line)
 
