@@ -13,16 +13,30 @@ Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Tran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.errors import SaccadeError
-from saccade.parts.labelled_pyramid import TokenLabelled
+from saccade.core.features import FeatureInfo
 
 Box = tuple[slice, ...]
+
+
+@runtime_checkable
+class TokenLabelled(Protocol):
+    """A model that goes on from its stem's map and, from what that gives, scores the image and each of its tokens."""
+
+    stem: Callable[[Tensor], Tensor]
+    feature_info: FeatureInfo
+
+    def after_stem(self, x: Tensor) -> Tensor: ...
+
+    def label_scores(self, features: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 def random_box(grid: tuple[int, ...], generator: torch.Generator | None = None) -> Box:

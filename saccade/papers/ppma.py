@@ -37,7 +37,7 @@ from saccade.parts.attention import check_heads
 from saccade.parts.axes import line_tokens
 from saccade.parts.convolution import depthwise
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.rmt_pyramid import rmt_names, rmt_pyramid
+from saccade.parts.rmt_pyramid import RmtPyramid, rmt_names
 from saccade.parts.tokens import global_tokens
 
 _PUBLISHED = ("ppma_t", "ppma_s", "ppma_b")
@@ -188,7 +188,7 @@ def ppma(
 ) -> Pyramid:
     """A PPMA of a size, in RMT's layout; the sequences have one entry a stage."""
     mixers = [partial(PolylinePath, decomposed=apart) for apart in decomposed]
-    return rmt_pyramid(dims, depths, heads, mixers, ratios, layer_scales, projection, patch, replace=mixer, **common)
+    return RmtPyramid(dims, depths, heads, mixers, ratios, layer_scales, projection, patch, replace=mixer, **common)
 
 
 PATH: list[Rule] = [

@@ -31,33 +31,34 @@ class Stem(ConvStem):
         super().__init__(*layers[:-1])
 
 
-def rmt_pyramid(
-    dims: Sequence[int],
-    depths: Sequence[int],
-    heads: Sequence[int],
-    mixers: Sequence[MixerFactory],
-    ratios: Sequence[float],
-    layer_scales: Sequence[float | None],
-    projection: int,
-    patch: int,
-    **common: Any,
-) -> Pyramid:
-    """The sequences have one entry a stage; the head projects the map to `projection` channels before it pools."""
+class RmtPyramid(Pyramid):
+    """The sequences have one entry a stage; `norm` projects the map to `projection` channels before the head pools."""
 
-    def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
-        return Block(
-            site, mixer, drop_path=drop_path, mlp=lambda dim: LocalMlp(site.rank, dim, ratios[site.stage]),
-            layer_scale=layer_scales[site.stage], position=depthwise(site.rank, site.dim, 3),
+    def __init__(
+        self,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        heads: Sequence[int],
+        mixers: Sequence[MixerFactory],
+        ratios: Sequence[float],
+        layer_scales: Sequence[float | None],
+        projection: int,
+        patch: int,
+        **common: Any,
+    ) -> None:
+        def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
+            return Block(
+                site, mixer, drop_path=drop_path, mlp=lambda dim: LocalMlp(site.rank, dim, ratios[site.stage]),
+                layer_scale=layer_scales[site.stage], position=depthwise(site.rank, site.dim, 3),
+            )
+
+        super().__init__(
+            dims, depths, heads, stem=partial(Stem, patch=patch), stride=patch,
+            downsample=lambda rank, dim, out: nn.Sequential(*conv_norm(rank, dim, out, stride=2, bias=True)),
+            block=block, mixer=mixers, head=partial(head_on, projection),
+            norm=lambda dim: nn.Sequential(nn.Linear(dim, projection), BatchNorm(projection), nn.SiLU()), **common,
         )
-
-    model = Pyramid(
-        dims, depths, heads, stem=partial(Stem, patch=patch), stride=patch,
-        downsample=lambda rank, dim, out: nn.Sequential(*conv_norm(rank, dim, out, stride=2, bias=True)), block=block,
-        mixer=mixers, norm=lambda dim: nn.Sequential(nn.Linear(dim, projection), BatchNorm(projection), nn.SiLU()),
-        head=partial(head_on, projection), **common,
-    )
-    model.num_features = projection
-    return model
+        self.num_features = projection
 
 
 def rmt_names(mixer: KeyMap) -> list[Rule]:

@@ -24,14 +24,14 @@ def test_swapped_twice_is_nothing():
     assert torch.equal(swapped(mixed, box), x)
 
 
-@pytest.mark.parametrize("name", ["volo_nano", "svt_nano"])
-def test_mixed_scores(name):
+@pytest.mark.parametrize("name, options", [("volo_nano", {}), ("svt_nano", {}), ("rmt_nano", {"labels": "last"})])
+def test_mixed_scores(name, options):
     torch.manual_seed(0)
-    model, image = create_model(name, num_classes=5).eval(), torch.randn(2, 3, 32, 48)
+    model, image = create_model(name, num_classes=5, **options).eval(), torch.randn(2, 3, 32, 48)
     side = model.feature_info[-1]["reduction"]
     grid = (32 // side, 48 // side)
     with torch.no_grad():
-        scores, labels = model.label_scores(model.forward_features(image))
+        scores, labels = model.label_scores(model.after_stem(model.stem(image)))
         nothing = mixed_scores(model, image, (slice(0, 0), slice(0, 0)))
         torch.testing.assert_close(nothing, (scores, labels.unflatten(1, grid)))
         everything = mixed_scores(model, image, tuple(slice(0, side) for side in grid))

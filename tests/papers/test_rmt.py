@@ -168,12 +168,38 @@ def test_errors():
         create_mixer("manhattan", Site(8, 2), initial=0)
 
 
-@pytest.mark.parametrize("name", list(CARD.params))
+@pytest.mark.parametrize("name", [name for name in CARD.params if not name.endswith("_label")])
 def test_parameters_of_the_paper(name):
     """In millions, as the paper rounds them."""
     with torch.device("meta"):
         model = create_model(name)
     assert round(sum(value.numel() for value in model.parameters()) / 1e6) == CARD.params[name] / 1e6
+
+
+@pytest.mark.parametrize("name, count", [("rmt_s_label", 27992240), ("rmt_b_label", 54667896),
+                                         ("rmt_l_label", 96105864)])
+def test_parameters_of_the_authors_logs(name, count):
+    """With a second head; a model without classes has neither."""
+    with torch.device("meta"):
+        assert sum(value.numel() for value in create_model(name).parameters()) == count
+        assert create_model(name, num_classes=0).head_aux is None
+
+
+@pytest.mark.parametrize("labels", ["last", "projected"])
+def test_labels_are_scored_token_by_token(labels):
+    """With the weights of one without, the scores are the same; a token's labels come from its own place."""
+    torch.manual_seed(0)
+    model = create_model("rmt_nano", labels=labels, num_classes=4).eval()
+    plain, image = create_model("rmt_nano", num_classes=4).eval(), torch.randn(2, 3, 32, 48)
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("head_aux")})
+    with torch.no_grad():
+        last = model.features(image)[-1]
+        scores, tokens = model.label_scores(last.movedim(1, -1))
+        torch.testing.assert_close(scores, plain(image))
+        torch.testing.assert_close(model(image), scores)
+        read = last if labels == "last" else model.forward_features(image)
+        wanted = torch.einsum("bchw,kc->bhwk", read, model.head_aux.weight) + model.head_aux.bias
+        torch.testing.assert_close(tokens.unflatten(1, (4, 6)), wanted)
 
 
 def test_authors_names_of_layer_scale_and_buffers():
