@@ -10,6 +10,8 @@ runs is found by a search; its results are the published models.
 
 LocalVim is a plain network of these layers without class token or MLP, x = rotate(x), x += mixer(rms_norm(x)): every
 layer turns all channels of a token, in pairs, by angles that grow with its row (first half) and its column.
+LocalVMamba (local_vssm_*) is VMamba's first pyramid with such orders: one two-dimensional convolution for all, gated by
+z once after the sum, x += mixer(norm(x)), patches of 4 pixels merged 2x2 between stages.
 
 Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024, sections 3.2-3.4.
 
@@ -24,6 +26,7 @@ right on square grids alone; ours is right on all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -39,9 +42,22 @@ from saccade.core.template import Template
 from saccade.ops.sizes import ceil_div
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
+from saccade.parts.merging import PatchMerging
 from saccade.parts.plain import Plain
 from saccade.parts.position import resample
-from saccade.parts.ssm import MixerTokens, RMSNorm, Selection, scan_together, selection_names, step_rank
+from saccade.parts.pyramid import Pyramid
+from saccade.parts.ssm import (
+    GRID_SCAN,
+    GridScan,
+    MixerBlock,
+    MixerTokens,
+    RMSNorm,
+    Selection,
+    scan_together,
+    selection_names,
+    step_rank,
+)
+from saccade.parts.stem import PatchEmbed
 
 CARD = Card(
     "LocalMamba: Visual State Space Model with Windowed Selective Scan",
@@ -54,11 +70,12 @@ CARD = Card(
     read="paper, code",
     keywords="windowed selective scan, local scan, scan directions, channel gate",
     kinds=("backbone", "mixer"),
-    mixers={"local_mamba": "LocalMamba"},
-    params={"local_vim_tiny": 8e6, "local_vim_small": 28e6},
-    top1={"local_vim_tiny": 76.2, "local_vim_small": 81.2},
-    weights={"local_vim_tiny": Weights(
-        "https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt", licence="Apache-2.0")},
+    mixers={"local_mamba": "LocalMamba", "local_cross_scan": "LocalCrossScan"},
+    params={"local_vim_tiny": 8e6, "local_vim_small": 28e6, "local_vssm_tiny": 26e6, "local_vssm_small": 50e6},
+    macs={"local_vssm_tiny": 5.7e9, "local_vssm_small": 11.4e9},
+    top1={"local_vim_tiny": 76.2, "local_vim_small": 81.2, "local_vssm_tiny": 82.7, "local_vssm_small": 83.7},
+    weights={name: Weights(f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{name}.ckpt",
+                           licence="Apache-2.0") for name in ("local_vim_tiny", "local_vssm_small")},
     goldens=("op_local_mamba", "op_local_mamba_middle_cls"),
     tests=("tests/papers/test_local_mamba.py",),
 )
@@ -122,13 +139,52 @@ class LocalMamba(nn.Module):
         """Multiply-adds: 3 N C E for the projections, selections of width E on padded grids, C^2 / 4-wide gates."""
         total = (prod(grid) + prefix) * 3 * self.out_proj.weight.numel()
         for order, selection in zip(self.orders, self.selections, strict=True):
-            padded = prod(-(-side // order.window) * order.window for side in grid) + prefix
-            total += selection.cost(padded) + 2 * self.gate.select.weight.numel()  # type: ignore[operator]
+            total += selection.cost(order.length(grid) + prefix) + 2 * self.gate.select.weight.numel()  # type: ignore[operator]
         return total
 
     def reach(self, site: Site) -> None:
         """The gates see every token."""
         return None
+
+
+class LocalCrossScan(GridScan):
+    """Selections along several `orders` of one map, each gated by its channels, summed, normed, gated by z.
+
+    (B, *grid, C) -> (B, *grid, C). Raises SaccadeError for an order that is not known.
+    """
+
+    template = Template(
+        "selective scans C_i A_(i..j) B_j along several orders, local ones among them",
+        "decays A in (0, 1)",
+        "sum of x over the orders, each by its gate, normed",
+    )
+
+    def __init__(
+        self, site: Site, orders: Sequence[str] = ("h", "v_flip", "w2", "w7_flip"), states: int = 16, kernel: int = 3,
+        expand: float = 2, rank: int | None = None, bias: bool = False, conv_bias: bool = True,
+    ) -> None:
+        super().__init__(site, len(orders), states, kernel, expand, rank, bias, conv_bias, gate=True)
+        self.orders = [Order(name) for name in orders]
+        self.select = TokenMeanGate(self.norm.normalized_shape[0])
+
+    def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
+        grid, total = tuple(u.shape[1:-1]), None
+        for window in dict.fromkeys(order.window for order in self.orders):  # lines of one length share a scan
+            ways = [number for number, order in enumerate(self.orders) if order.window == window]
+            lines = [torch.stack([self.orders[way].line(each) for way, each in zip(ways, maps, strict=True)], 1)
+                     for maps in ([u] * len(ways), [chosen[..., way, :] for way in ways])]
+            for way, y in zip(ways, self.scan(*lines, ways).unbind(1), strict=True):
+                y = self.orders[way].back(y, grid)
+                y = y * self.select(y.flatten(1, -2)).view(-1, *[1] * len(grid), y.shape[-1])
+                total = y if total is None else total + y
+        return total
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        """Multiply-adds of a `GridScan`, and of a gate of C^2 / 4 for each order."""
+        return super().cost(site, grid) + 2 * self.ways * self.select.select.weight.numel()
+
+    def scanned_tokens(self, grid: tuple[int, ...]) -> int:
+        return sum(order.length(grid) for order in self.orders)
 
 
 class Order:
@@ -152,6 +208,10 @@ class Order:
             x = partition(pad_to_multiple(x, window), window).unflatten(0, (x.shape[0], -1))
         tokens = x.flatten(1, -2)
         return tokens.flip(1) if self.flip else tokens
+
+    def length(self, grid: tuple[int, ...]) -> int:
+        """Tokens of a line, padding among them."""
+        return prod(ceil_div(side, self.window) * self.window for side in grid)
 
     def back(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Undo `line`: (B, N, C) -> (B, *grid, C)."""
@@ -221,20 +281,43 @@ def rotations(grid: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch
     return torch.cat([angle.cos(), angle.sin()], -1).to(dtype)
 
 
-# Of each layer of LocalVim-T, as its search found them.
-_SEARCHED = """
+
+
+def _layers(text: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(layer.split()) for layer in text.split(","))
+
+
+# The orders of each layer, as searches found them: of LocalVim-T, LocalVMamba-T and LocalVMamba-S.
+_TINY = _layers("""
     h v_flip w7 w7_flip,  h_flip w2_flip w7 w7_flip,  h h_flip v w7,  h h_flip v v_flip,  h h_flip v v_flip,
     h h_flip v v_flip,  h_flip v v_flip w7,  h_flip v v_flip w2_flip,  h h_flip v v_flip,  h h_flip v v_flip,
     h v v_flip w2,  h v v_flip w2_flip,  h h_flip v_flip w7,  h_flip v v_flip w2,  h h_flip v v_flip,
     h v w2 w2_flip,  v v_flip w2 w7,  h h_flip v w2,  h h_flip w2_flip w7,  v v_flip w2 w2_flip
-"""
-_TINY = tuple(tuple(layer.split()) for layer in _SEARCHED.split(","))
+""")
+_LAYERS_15 = _layers("""
+    h h_flip w7 w7_flip,  h_flip v_flip w2 w2_flip,  h_flip v_flip w2_flip w7,  h_flip v v_flip w2,
+    h h_flip v_flip w2_flip,  h_flip v_flip w2 w2_flip,  h w2_flip w7 w7_flip,  h h_flip v v_flip,
+    h v_flip w7 w7_flip,  h_flip v w2 w7_flip,  v v_flip w2 w7_flip,  h h_flip v_flip w2_flip,
+    v_flip w2_flip w7 w7_flip,  h_flip v_flip w2_flip w7_flip,  h_flip v w7 w7_flip
+""")
+_LAYERS_33 = _layers("""
+    h v v_flip w7_flip,  h h_flip v w7,  h_flip v v_flip w7,  h_flip v w2_flip w7,  h_flip v w2_flip w7,
+    h_flip v_flip w2 w7_flip,  h_flip v v_flip w7,  h v v_flip w7,  h v v_flip w7,  h v v_flip w7_flip,
+    h h_flip v v_flip,  h v v_flip w2,  v v_flip w2_flip w7,  h h_flip v w2,  h_flip v v_flip w7_flip,
+    h h_flip v v_flip,  h v v_flip w7_flip,  h v v_flip w7_flip,  h h_flip v_flip w7,  h_flip v_flip w2_flip w7,
+    h_flip v v_flip w7_flip,  v v_flip w7 w7_flip,  h v v_flip w7_flip,  h_flip v v_flip w2,  h v v_flip w2_flip,
+    h h_flip v w7,  h h_flip w7 w7_flip,  h v_flip w2 w2_flip,  h v_flip w2 w7,  h v v_flip w7_flip,
+    h_flip v w2_flip w7,  h_flip v_flip w7 w7_flip,  h v w7 w7_flip
+""")
 _FIXED = (("h", "h_flip", "w2", "w2_flip"),)
 SIZES: dict[str, dict[str, Any]] = {
     "local_vim_tiny": dict(dim=192, orders=_TINY),
     "local_vim_tiny_wo_search": dict(dim=192, orders=_FIXED * 20),
     "local_vim_small": dict(dim=384, orders=_FIXED * 20),
     "local_vim_nano": dict(dim=32, orders=_TINY[1:3], patch=4, img_size=32),
+    "local_vssm_tiny": dict(builder="local_vssm", depths=(2, 2, 9, 2), orders=_LAYERS_15),
+    "local_vssm_small": dict(builder="local_vssm", depths=(2, 2, 27, 2), orders=_LAYERS_33),
+    "local_vssm_nano": dict(builder="local_vssm", dims=(16, 32), depths=(1, 2), orders=_LAYERS_15[:3], img_size=32),
 }
 
 
@@ -251,22 +334,43 @@ def local_mamba(
                  norm=RMSNorm, global_pool=global_pool, replace=mixer, **common)
 
 
+def local_vssm(
+    depths: Sequence[int], orders: Sequence[Sequence[str]], dims: Sequence[int] = (96, 192, 384, 768),
+    mixer: Any = None, **common: Any,
+) -> Pyramid:
+    """A LocalVMamba of a size, with a set of `orders` for each of its layers."""
+
+    def own(site: Site) -> LocalCrossScan:
+        return LocalCrossScan(site, orders[sum(depths[:site.stage]) + site.index])
+
+    return Pyramid(dims, depths, [max(dim // 32, 1) for dim in dims], stem=partial(PatchEmbed, norm=nn.LayerNorm),
+                   downsample=PatchMerging, block=partial(MixerBlock, norm=nn.LayerNorm), mixer=own, norm=nn.LayerNorm,
+                   replace=mixer, **common)
+
+
 def mixer_names(orders: int) -> KeyMap:
     """The authors' names in a mixer of so many orders."""
     rules = [rule for number in range(orders) for rule in selection_names(f"_{number}", f"selections.{number}")]
-    return (
-        *rules,
-        (r"attn\.norm\.(.*)", r"gate.norm.\1"),
-        (r"attn\.global_reduce\.(.*)", r"gate.reduce.\1"),
-        (r"attn\.channel_select\.(.*)", r"gate.select.\1"),
-    )
+    return (*rules, *_gate_names("attn", "gate"))
 
 
+def _gate_names(theirs: str, ours: str) -> KeyMap:
+    return tuple((rf"{theirs}\.{before}\.(.*)", rf"{ours}.{after}.\1")
+                 for before, after in (("norm", "norm"), ("global_reduce", "reduce"), ("channel_select", "select")))
+
+
+CROSS_SCAN: KeyMap = (*GRID_SCAN, *_gate_names(r"multi_scan\.attn", "select"))
 AUTHORS: KeyMap = (
     Dropped(r"rope\.freqs_(cos|sin)", "derived buffer"),
     ("pos_embed", "position"),
-    (r"patch_embed\.(.*)", r"stem.\1"),
+    (r"patch_embed\.(proj\..*)", r"stem.\1"),
     *within((*mixer_names(4), (r"(.*)", r"\1")), r"layers\.(\d+)\.mixer\.", r"blocks.\1.mixer."),
     (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
     (r"norm_f\.(.*)", r"norm.\1"),
+    *((rf"patch_embed\.{theirs}\.(.*)", rf"stem.{ours}.\1") for theirs, ours in ((0, "proj"), (2, "norm"))),
+    *within((*CROSS_SCAN, (r"(.*)", r"\1")), r"layers\.(\d+)\.blocks\.(\d+)\.op\.", r"stages.\1.blocks.\2.mixer."),
+    (r"layers\.(\d+)\.(blocks\.\d+\.norm\..*)", r"stages.\1.\2"),
+    *((rf"layers\.{stage}\.downsample\.(.*)", rf"stages.{stage + 1}.downsample.\1") for stage in range(3)),
+    (r"classifier\.norm\.(.*)", r"norm.\1"),
+    (r"classifier\.head\.(.*)", r"head.fc.\1"),
 )

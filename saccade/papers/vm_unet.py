@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from saccade.core.build import check_patterns, choose_mixer, mixer_factory
 from saccade.core.card import Card
 from saccade.core.features import Backbone, FeatureInfo
-from saccade.core.index import paper_module
 from saccade.core.keymap import KeyMap, Rule, pointwise, within
 from saccade.core.site import Site
 from saccade.ops.window import crop
 from saccade.parts.merging import PatchMerging
 from saccade.parts.pyramid import Stage, check_sizes, drop_path_rates, undecayed
-from saccade.parts.ssm import MixerBlock
+from saccade.parts.ssm import GRID_SCAN, MixerBlock
 from saccade.parts.stem import PatchEmbed, pad_image
 
 CARD = Card(
@@ -184,7 +183,7 @@ def vm_unet(
 
 
 def _block(theirs: str, ours: str) -> list[Rule]:
-    scan = (*paper_module("vmamba").MIXER, (r"(.*)", r"\1"))
+    scan = (*GRID_SCAN, (r"(.*)", r"\1"))
     return [(theirs + r"ln_1\.(.*)", ours + r"norm.\3"),
             *within(scan, theirs + r"self_attention\.", ours + "mixer.")]
 

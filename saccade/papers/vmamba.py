@@ -4,9 +4,9 @@ A scan orders tokens in a line and neighbours of a picture are not neighbours th
 by row, column by column and both from their ends, each with steps, inputs, readouts and decays of its own, bring every
 token what lies in each quadrant around it,
     out = out_proj(norm(sum over ways w of back_w(scan_w(u ordered by w))) silu(z)),
-where (x, z) = in_proj(tokens) and u = silu(depthwise convolution(x)). Projections do not care for the order of tokens:
-those of all ways are one product; all ways are one scan. The published networks are pyramids without the gate, of one
-state a channel: x += SS2D(norm(x)), x += mlp(norm(x)). (The first release had the gate, 16 states and no MLP.)
+where (x, z) = in_proj(tokens) and u = silu(depthwise convolution(x)). The published networks are pyramids without the
+gate, of one state a channel: x += SS2D(norm(x)), x += mlp(norm(x)). (The first release had the gate, 16 states and no
+MLP.)
 
 Liu et al., "VMamba: Visual State Space Model", 2024, sections 4.2-4.3. Names say the expansion and the third stage's
 depth: s2l15 is 2 and 15.
@@ -17,23 +17,20 @@ Any grid. Sequences have two ways, volumes six: each axis in turn runs fastest. 
 from __future__ import annotations
 
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.scan import selective_scan
 from saccade.parts.block import Block
-from saccade.parts.convolution import depthwise, grid_conv
+from saccade.parts.convolution import grid_conv
 from saccade.parts.merging import ConvMerging
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.ssm import log_rates, step_bias, step_rank
+from saccade.parts.ssm import GRID_SCAN, GridScan
 from saccade.parts.stem import ConvStem
 
 _ADDRESS = "https://github.com/MzeroMiko/VMamba/releases/download/%2320240316/vssm_"
@@ -70,61 +67,25 @@ CARD = Card(
 )
 
 
-class CrossScan(nn.Module):
+class CrossScan(GridScan):
     """Scans along every axis and from both ends, summed, normed and, with `gate`, gated: (B, *grid, C) -> the same.
 
     `rank` is the width from which the steps are projected (C / 16 unless given), `kernel` the convolution's.
     """
 
-    ranks = (1, 2, 3)
-    projections = ("in_proj", "out_proj")
     template = Template(
         "selective scans C_i A_(i..j) B_j along four ways", "decays A in (0, 1)", "sum of x over the ways, normed"
     )
-    undecayed = ("A_log", "D")
 
     def __init__(
         self, site: Site, states: int = 16, kernel: int = 3, expand: float = 2, rank: int | None = None,
         bias: bool = False, conv_bias: bool = True, gate: bool = True,
     ) -> None:
-        super().__init__()
-        inner, rank = int(expand * site.dim), step_rank(site.dim) if rank is None else rank
-        self.ways, self.kernel, self.split = 2 * site.rank, kernel, (rank, states, states)
-        self.gate = gate
-        self.in_proj = nn.Linear(site.dim, 2 * inner if gate else inner, bias=bias)
-        self.conv = depthwise(site.rank, inner, kernel, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, self.ways * sum(self.split), bias=False)
-        self.dt_weight = nn.Parameter(torch.empty(self.ways, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
-        self.dt_bias = step_bias(self.ways * inner)
-        self.A_log = log_rates(self.ways * inner, states)
-        self.D = nn.Parameter(torch.ones(self.ways * inner))
-        self.norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, site.dim, bias=bias)
+        super().__init__(site, 2 * site.rank, states, kernel, expand, rank, bias, conv_bias, gate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[1:-1])
-        inner, *gate = self.in_proj(x).chunk(2 if self.gate else 1, -1)
-        u = F.silu(self.conv(inner))
-        chosen = self.x_proj(u).unflatten(-1, (self.ways, -1))  # (B, *grid, ways, rank + 2 n)
-        r, b, c = ordered(chosen, shared=False).split(self.split, -1)
-        u = ordered(u.unsqueeze(-2), shared=True)
-        bias, skip, rates = (value.unflatten(0, (self.ways, -1)) for value in (self.dt_bias, self.D, self.A_log))
-        dt = F.softplus(r @ self.dt_weight.mT + bias.unsqueeze(-2))
-        y = selective_scan(u, dt, -rates.exp(), b, c) + u * skip.unsqueeze(-2)
-        out = self.norm(put_back(y, grid)).to(inner.dtype)
-        return self.out_proj(out * F.silu(gate[0]) if gate else out)
-
-    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        """Multiply-adds a token: 3 C E (2 C E without gate) for the projections, k^r E for the convolution, and
-        (2 rank + 3 n) E for a way.
-        """
-        inner, (rank, states, _) = self.dt_weight.shape[1], self.split
-        each = (3 if self.gate else 2) * site.dim + self.kernel**site.rank + self.ways * (2 * rank + 3 * states)
-        return prod(grid) * inner * each
-
-    def reach(self, site: Site) -> None:
-        """Every token reaches every other."""
-        return None
+    def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
+        lines = self.scan(ordered(u.unsqueeze(-2), shared=True), ordered(chosen, shared=False))
+        return put_back(lines, tuple(u.shape[1:-1]))
 
 
 def ordered(x: Tensor, shared: bool) -> Tensor:
@@ -179,18 +140,9 @@ def vmamba(dims: tuple[int, ...], depths: tuple[int, ...], expand: float, mixer:
                    block=partial(Block, norm=nn.LayerNorm), mixer=scan, norm=nn.LayerNorm, replace=mixer, **common)
 
 
-MIXER: KeyMap = (
-    (r"x_proj_weight", "x_proj.weight", lambda weight: weight.flatten(0, 1)),
-    (r"dt_projs_weight", "dt_weight"),
-    (r"dt_projs_bias", "dt_bias", Tensor.flatten),
-    (r"A_logs", "A_log"),
-    (r"Ds", "D"),
-    (r"conv2d\.(.*)", r"conv.\1"),
-    (r"out_norm\.(.*)", r"norm.\1"),
-)
 AUTHORS: KeyMap = (
     *((rf"patch_embed\.{theirs}\.(.*)", rf"stem.{ours}.\1") for theirs, ours in ((0, 0), (2, 1), (5, 3), (7, 4))),
-    *within((*MIXER, (r"((?:in|out)_proj\..*)", r"\1", pointwise)), r"layers\.(\d+)\.blocks\.(\d+)\.op\.",
+    *within((*GRID_SCAN, (r"((?:in|out)_proj\..*)", r"\1", pointwise)), r"layers\.(\d+)\.blocks\.(\d+)\.op\.",
             r"stages.\1.blocks.\2.mixer."),
     (r"layers\.(\d+)\.blocks\.(\d+)\.norm\.(.*)", r"stages.\1.blocks.\2.norm1.\3"),
     (r"layers\.(\d+)\.blocks\.(\d+)\.(.*)", r"stages.\1.blocks.\2.\3", pointwise),

@@ -1,9 +1,10 @@
-"""What state space mixers share: projections that choose steps, inputs and readouts; a causal convolution; a norm."""
+"""What state space mixers share: projections that choose steps, inputs and readouts; scans of maps; a norm; a block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, log
+from math import ceil, log, prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from saccade.core.site import Site
 from saccade.ops.scan import selective_scan
 from saccade.ops.window import crop
 from saccade.parts.block import LAYER_NORM, Norm, residual_tail
-from saccade.parts.convolution import GridConv1d
+from saccade.parts.convolution import GridConv1d, depthwise
 from saccade.parts.tokens import join
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -111,6 +112,85 @@ def selection_names(theirs: str, ours: str) -> KeyMap:
         (rf"(x_proj|dt_proj){theirs}\.(.*)", rf"{ours}.\1.\2"),
         (rf"(A_log|D){theirs}", rf"{ours}.\1"),
     )
+
+
+class GridScan(nn.Module):
+    """Selections along several ways through a map, put back and summed, normed and, with `gate`, gated by silu(z).
+
+        (x, z) = in_proj(tokens),  u = silu(conv(x)),  out = out_proj(norm(scanned(u, x_proj(u))) silu(z))
+
+    Projections do not care for the order of tokens: those of all ways are one product. A subclass says what the ways
+    are. `rank` is the width from which the steps are projected (C / 16 unless given),
+    `kernel` the convolution's. (Liu et al., "VMamba: Visual State Space Model", 2024, section 4.2.)
+    """
+
+    ranks = (1, 2, 3)
+    projections = ("in_proj", "out_proj")
+    undecayed = ("A_log", "D")
+
+    def __init__(
+        self, site: Site, ways: int, states: int, kernel: int, expand: float, rank: int | None, bias: bool,
+        conv_bias: bool, gate: bool,
+    ) -> None:
+        super().__init__()
+        inner, rank = int(expand * site.dim), step_rank(site.dim) if rank is None else rank
+        self.ways, self.kernel, self.split = ways, kernel, (rank, states, states)
+        self.gate = gate
+        self.in_proj = nn.Linear(site.dim, 2 * inner if gate else inner, bias=bias)
+        self.conv = depthwise(site.rank, inner, kernel, bias=conv_bias)
+        self.x_proj = nn.Linear(inner, ways * sum(self.split), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(ways, inner, rank).uniform_(-(rank**-0.5), rank**-0.5))
+        self.dt_bias = step_bias(ways * inner)
+        self.A_log = log_rates(ways * inner, states)
+        self.D = nn.Parameter(torch.ones(ways * inner))
+        self.norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, site.dim, bias=bias)
+
+    def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
+        """Scans along all ways, put back and summed: (B, *grid, E), (B, *grid, ways, rank + 2 n) -> (B, *grid, E)."""
+        raise NotImplementedError
+
+    def scan(self, u: Tensor, chosen: Tensor, ways: Any = slice(None)) -> Tensor:
+        """Lines of `ways` through their selections: (B, W, L, E), (B, W, L, rank + 2 n) -> (B, W, L, E)."""
+        r, b, c = chosen.split(self.split, -1)
+        bias, skip, rates = (value.unflatten(0, (self.ways, -1))[ways] for value in (self.dt_bias, self.D, self.A_log))
+        dt = F.softplus(r @ self.dt_weight[ways].mT + bias.unsqueeze(-2))
+        return selective_scan(u, dt, -rates.exp(), b, c) + u * skip.unsqueeze(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, *gate = self.in_proj(x).chunk(2 if self.gate else 1, -1)
+        u = F.silu(self.conv(inner))
+        chosen = self.x_proj(u).unflatten(-1, (self.ways, -1))
+        out = self.norm(self.scanned(u, chosen)).to(inner.dtype)
+        return self.out_proj(out * F.silu(gate[0]) if gate else out)
+
+    def cost(self, site: Site, grid: tuple[int, ...]) -> int:
+        """Multiply-adds: a token 3 C E (2 C E without gate) for the projections, k^r E for the convolution and
+        (rank + 2 n) E for a way; a token of a way's line (rank + n) E.
+        """
+        inner, (rank, states, _) = self.dt_weight.shape[1], self.split
+        each = (3 if self.gate else 2) * site.dim + self.kernel**site.rank + self.ways * (rank + 2 * states)
+        return inner * (prod(grid) * each + self.scanned_tokens(grid) * (rank + states))
+
+    def scanned_tokens(self, grid: tuple[int, ...]) -> int:
+        """Tokens of all lines, padding among them."""
+        return self.ways * prod(grid)
+
+    def reach(self, site: Site) -> None:
+        """Every token reaches every other."""
+        return None
+
+
+# The names that VMamba's authors, and those who build on their code, give the parameters of a `GridScan`.
+GRID_SCAN: KeyMap = (
+    (r"x_proj_weight", "x_proj.weight", lambda weight: weight.flatten(0, 1)),
+    (r"dt_projs_weight", "dt_weight"),
+    (r"dt_projs_bias", "dt_bias", Tensor.flatten),
+    (r"A_logs", "A_log"),
+    (r"Ds", "D"),
+    (r"conv2d\.(.*)", r"conv.\1"),
+    (r"out_norm\.(.*)", r"norm.\1"),
+)
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from saccade import SaccadeError, Site, create_model
 from saccade.core.keymap import rename
 from saccade.golden import fill
-from saccade.papers.local_mamba import SIZES, LocalMamba, Order, mixer_names, rotations
+from saccade.papers.local_mamba import (
+    CARD,
+    CROSS_SCAN,
+    SIZES,
+    LocalCrossScan,
+    LocalMamba,
+    Order,
+    mixer_names,
+    rotations,
+)
+from saccade.tools.measure import declared_macs
 from tests.contracts.registered import randomised
 
 
@@ -115,3 +125,75 @@ def test_published_orders():
     tiny = SIZES["local_vim_tiny"]["orders"]
     assert len(tiny) == 20 and all(len(layer) == 4 for layer in tiny)
     assert tiny[0] == ("h", "v_flip", "w7", "w7_flip") and tiny[-1] == ("v", "v_flip", "w2", "w2_flip")
+
+
+def pyramid_state(dims=(16, 32), depths=(1, 2), classes=5):
+    """The names and shapes of the authors' LocalVMamba."""
+    first = dims[0]
+    shapes = {"patch_embed.0.weight": (first, 3, 4, 4), "patch_embed.0.bias": (first,),
+              "patch_embed.2.weight": (first,), "patch_embed.2.bias": (first,),
+              "layers.0.downsample.norm.weight": (4 * first,), "layers.0.downsample.norm.bias": (4 * first,),
+              "layers.0.downsample.reduction.weight": (dims[1], 4 * first),
+              "classifier.norm.weight": (dims[1],), "classifier.norm.bias": (dims[1],),
+              "classifier.head.weight": (classes, dims[1]), "classifier.head.bias": (classes,)}
+    for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        inner, rank = 2 * dim, -(-dim // 16)
+        for index in range(depth):
+            at = f"layers.{stage}.blocks.{index}."
+            gate = at + "op.multi_scan.attn."
+            shapes |= {at + "norm.weight": (dim,), at + "norm.bias": (dim,),
+                       at + "op.x_proj_weight": (4, rank + 32, inner), at + "op.dt_projs_weight": (4, inner, rank),
+                       at + "op.dt_projs_bias": (4, inner), at + "op.A_logs": (4 * inner, 16),
+                       at + "op.Ds": (4 * inner,),
+                       at + "op.out_norm.weight": (inner,), at + "op.out_norm.bias": (inner,),
+                       at + "op.in_proj.weight": (2 * inner, dim), at + "op.conv2d.weight": (inner, 1, 3, 3),
+                       at + "op.conv2d.bias": (inner,), at + "op.out_proj.weight": (dim, inner),
+                       gate + "norm.weight": (inner,), gate + "norm.bias": (inner,),
+                       gate + "global_reduce.weight": (inner // 8, inner), gate + "global_reduce.bias": (inner // 8,),
+                       gate + "channel_select.weight": (inner, inner // 8), gate + "channel_select.bias": (inner,)}
+    return {name: fill(name, shape, "param") for name, shape in shapes.items()}
+
+
+def test_the_authors_pyramid(tmp_path):
+    """Step by step from the authors' names against the network."""
+    state = pyramid_state()
+    torch.save({"state_dict": state}, tmp_path / "local_vssm.ckpt")
+    model = create_model("local_vssm_nano", num_classes=5, checkpoint_path=tmp_path / "local_vssm.ckpt").eval()
+    assert model.load_report.format == "authors" and not model.load_report.left
+    image, orders = torch.randn(2, 3, 24, 40), iter(SIZES["local_vssm_nano"]["orders"])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    with torch.no_grad():
+        x = F.conv2d(image, state["patch_embed.0.weight"], state["patch_embed.0.bias"], stride=4).movedim(1, -1)
+        x = norm(x, "patch_embed.2")
+        for stage, depth in enumerate((1, 2)):
+            for index in range(depth):
+                at = f"layers.{stage}.blocks.{index}."
+                mixer = LocalCrossScan(Site(x.shape[-1], grid=(6, 10)), next(orders))
+                own = {name.removeprefix(at + "op."): value for name, value in state.items() if at + "op." in name}
+                mixer.load_state_dict(rename(own, CROSS_SCAN).state)
+                x = x + mixer(norm(x, at + "norm"))
+            if stage == 0:
+                x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
+                x = F.linear(norm(x, "layers.0.downsample.norm"), state["layers.0.downsample.reduction.weight"])
+        wanted = F.linear(norm(x, "classifier.norm").mean((1, 2)), state["classifier.head.weight"],
+                          state["classifier.head.bias"])
+        torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["local_vssm_tiny", "local_vssm_small"])
+def test_pyramids_of_the_paper(name):
+    """Parameters in millions; multiply-adds as the authors count: 9 L E n + L E for a scan, 5 for a norm's entry."""
+    model = create_model(name)
+    assert round(sum(value.numel() for value in model.parameters()) / 1e6) == CARD.params[name] / 1e6
+    macs = declared_macs(model, (torch.empty(1, 3, 224, 224),))
+    for stage in model.stages:
+        for block in stage.blocks:
+            (ways, inner, rank), states, grid = block.mixer.dt_weight.shape, block.mixer.split[1], block.site.grid
+            longest = max(order.length(grid) for order in block.mixer.orders)  # theirs are all padded to it
+            macs += (longest * ways - block.mixer.scanned_tokens(grid)) * inner * (rank + states)
+            macs += longest * ways * inner * (8 * states + 1)  # the readout, L E n, is declared
+            macs += 5 * block.site.grid[0] * block.site.grid[1] * (block.site.dim + (ways + 1) * inner)
+    assert macs == pytest.approx(CARD.macs[name], rel=0.01)

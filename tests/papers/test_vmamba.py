@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from saccade import Site, create_model
 from saccade.core.keymap import rename
 from saccade.golden import fill
-from saccade.papers.vmamba import MIXER, CrossScan, ordered, put_back
+from saccade.papers.vmamba import CrossScan, ordered, put_back
+from saccade.parts.ssm import GRID_SCAN
 from tests.contracts.registered import randomised
 
 
@@ -114,7 +115,7 @@ def test_the_authors_layout(tmp_path):
                 mixer = CrossScan(Site(x.shape[-1], grid=(6, 10)), states=1, expand=1, conv_bias=False, gate=False)
                 own = {name.removeprefix(at + "op."): value for name, value in state.items() if at + "op." in name}
                 own["out_proj.weight"] = own["out_proj.weight"].flatten(1)
-                mixer.load_state_dict(rename(own, MIXER).state)
+                mixer.load_state_dict(rename(own, GRID_SCAN).state)
                 x = x + mixer(norm(x, at + "norm"))
                 x = x + linear(F.gelu(linear(norm(x, at + "norm2"), at + "mlp.fc1")), at + "mlp.fc2")
             if stage == 0:
