@@ -13,9 +13,9 @@ Any grid, without padding. Quirks kept: the paper multiplies softmax weights by 
 logarithm to the logits; angles follow the row-major number of a token, for both axes alike; both passes of the
 decomposed form take the same q and k; rmt_t decomposes its first two stages only (2.64 G multiply-adds for the paper's
 2.5). Only the settings of rmt_t are proven by a golden; those of the others give the published numbers of parameters,
-and 6 to 7 % more multiply-adds than published. By the authors' training logs, those trained with
-a label a token (`_label`; the paper's star) have 1,025,000, 513,000 and 641,000 parameters more: a second head, on the
-projected map of rmt_s_label and on the last map of the others. Ours uses it in training alone.
+and 6 to 7 % more multiply-adds than published. By the authors' training logs, those trained with a label a token
+(`_label`; the paper's star) have 1,025,000, 513,000 and 641,000 parameters more: a second head, on the projected map of
+rmt_s_label and on the last map of the others. Ours uses it in training alone.
 """
 
 from __future__ import annotations

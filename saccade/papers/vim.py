@@ -9,6 +9,8 @@ sequence; a block is x += mixer(rms_norm(x)), without an MLP.
 Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", 2024,
 section 3.3, algorithm 1.
 
+Vim-Ti+ and Vim-S+ take patches of 16 pixels at a stride of 8 (what no patch fills at the end is left out).
+
 Any grid: tokens are taken in row-major order, prefix tokens in their middle, after floor(N / 2) of them; the position
 table is resampled (bicubic), images are zero-padded at their end to whole patches.
 Quirks kept: the division by two, which the released models have and the paper's algorithm does not (`mean`).
@@ -16,6 +18,7 @@ Quirks kept: the division by two, which the released models have and the paper's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -24,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
+from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.parts.plain import Plain
 from saccade.parts.ssm import MixerTokens, RMSNorm, Selection, scan_together, selection_names, step_rank
+from saccade.parts.stem import PatchEmbed
 
 _LONG = "_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_"
 
@@ -44,17 +49,21 @@ CARD = Card(
     keywords="bidirectional state space model, vision mamba, selective scan, middle class token",
     kinds=("backbone", "mixer"),
     mixers={"bidirectional_mamba": "BidirectionalMamba"},
-    params={"vim_tiny": 7e6, "vim_small": 26e6, "vim_base": 98e6},
-    top1={"vim_tiny": 76.1, "vim_small": 80.5, "vim_base": 81.9},
+    params={"vim_tiny": 7e6, "vim_small": 26e6, "vim_base": 98e6, "vim_tiny_plus": 7e6, "vim_small_plus": 26e6},
+    top1={"vim_tiny": 76.1, "vim_small": 80.5, "vim_base": 81.9, "vim_tiny_plus": 78.3, "vim_small_plus": 81.6},
     aliases={
+        **{f"vim_{size}_patch16_stride8_224": f"vim_{size}_plus" for size in ("tiny", "small")},
+        **{f"vim_{size}{_LONG.replace('16', '16_stride8')}midclstok_div2": f"vim_{size}_plus"
+           for size in ("tiny", "small")},
         **{f"vim_{size}_patch16_224": f"vim_{size}" for size in ("tiny", "small", "base")},
         **{f"vim_{size}{_LONG}midclstok_div2": f"vim_{size}" for size in ("tiny", "small")},
         f"vim_base{_LONG}middle_cls_token_div2": "vim_base",
     },
     weights={
-        f"vim_{size}": Weights(f"hf:hustvl/Vim-{size}-midclstok/vim_{size[0]}_midclstok_{score}acc.pth",
-                               licence="Apache-2.0")
-        for size, score in (("tiny", "76p1"), ("small", "80p5"), ("base", "81p9"))
+        f"vim_{size}{plus}": Weights(f"hf:hustvl/Vim-{size}-midclstok/vim_{size[0]}_midclstok_{score}acc.pth",
+                                     licence="Apache-2.0")
+        for size, plus, score in (("tiny", "", "76p1"), ("small", "", "80p5"), ("base", "", "81p9"),
+                                  ("tiny", "_plus", "ft_78p3"), ("small", "_plus", "ft_81p6"))
     },
     goldens=("op_vim_bimamba_v2",),
     tests=("tests/papers/test_vim.py",),
@@ -113,14 +122,27 @@ SIZES: dict[str, dict[str, Any]] = {
     "vim_tiny": dict(dim=192, depth=24),
     "vim_small": dict(dim=384, depth=24),
     "vim_base": dict(dim=768, depth=24),
+    "vim_tiny_plus": dict(dim=192, depth=24, stride=8),
+    "vim_small_plus": dict(dim=384, depth=24, stride=8),
     "vim_nano": dict(dim=32, depth=2, patch=4, img_size=32),
 }
 
 
-def vim(dim: int, depth: int, patch: int = 16, mixer: Any = None, **common: Any) -> Plain:
-    """A Vision Mamba of a size."""
-    return Plain(dim, depth, max(dim // 64, 1), patch=patch, mixer=BidirectionalMamba, block=MixerTokens, norm=RMSNorm,
-                 replace=mixer, **common)
+def vim(
+    dim: int, depth: int, patch: int = 16, stride: int | None = None, img_size: int | Sequence[int] = 224,
+    in_chans: int = 3, mixer: Any = None, **common: Any,
+) -> Plain:
+    """A Vision Mamba of a size; patches overlap where `stride` is given and smaller."""
+    if stride is not None:
+        if not 0 < stride <= patch:
+            raise SaccadeError(f"stride={stride}: 1 to {patch}, the side of a patch")
+        size = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
+        img_size = tuple(max((side - patch) // stride + 1, 1) * stride for side in size)  # a stride a patch
+    model = Plain(dim, depth, max(dim // 64, 1), patch=stride or patch, mixer=BidirectionalMamba, block=MixerTokens,
+                  norm=RMSNorm, img_size=img_size, in_chans=in_chans, replace=mixer, **common)
+    if stride is not None:
+        model.stem = PatchEmbed(len(model.grid), in_chans, dim, stride=stride, kernel=patch)
+    return model
 
 
 def middle_first(table: Tensor) -> Tensor:

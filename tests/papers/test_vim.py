@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from saccade import Site, create_model
+from saccade import SaccadeError, Site, create_model
 from saccade.core.keymap import rename
 from saccade.golden import fill
 from saccade.papers.vim import MIXER, BidirectionalMamba
@@ -88,3 +89,19 @@ def test_a_host_leaves_the_steps_at_their_start():
     for model in (create_model("vim_nano"), create_model("deit_nano", mixer="bidirectional_mamba")):
         steps = F.softplus(model.blocks[0].mixer.forwards.dt_proj.bias)
         assert 9e-4 < steps.min() < 0.01 < steps.max() < 0.11
+
+
+def test_finer_steps():
+    """Vim-Ti+ has 27 x 27 patches of 224 pixels, the class token after 364 of them; any size runs."""
+    with torch.device("meta"):
+        model, plain = create_model("vim_tiny_plus"), create_model("vim_tiny")
+    assert model.grid == (27, 27) and model.stem(torch.empty(1, 3, 224, 224, device="meta")).shape[1:3] == (27, 27)
+    count, before = (sum(value.numel() for value in each.parameters()) for each in (model, plain))
+    assert count - before == (27 * 27 - 14 * 14) * 192
+    nano = create_model("vim_nano", stride=2, num_classes=3).eval()
+    assert nano.grid == (15, 15) and nano.feature_info.reduction() == [2, 2]
+    with torch.no_grad():
+        for size in ((32, 32), (3, 1), (41, 22)):
+            assert nano(torch.randn(1, 3, *size)).isfinite().all()
+    with pytest.raises(SaccadeError, match="stride=5"):
+        create_model("vim_nano", stride=5)
