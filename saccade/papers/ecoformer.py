@@ -10,12 +10,18 @@ is finetuned; gradients pass the sign where its argument is in (-1, 1).
 
 Liu, Pan, He, Cai, Zhuang, "EcoFormer: Energy-Saving Attention with Linear Complexity", 2022, section 4.
 
-Any grid: tokens are a set. Quirks kept: the shift enters the denominator once a token, but the numerator with the
-token's own value alone; until hash functions are learned, anchors and A are random and mu is exp(-1/2).
+The hosts are PVT v2 and Twins-SVT, whose local windows are gone too: patches of 4 pixels that 2x2 convolutions halve, a
+depthwise convolution added after the first block of a stage, a norm at the end alone.
+
+Any grid: tokens are a set; in Twins, rows and columns that no patch fills are left out. Quirks kept: the shift enters
+the denominator once a token, but the numerator with the token's own value alone; until hash functions are learned,
+anchors and A are random and mu is exp(-1/2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from math import exp
 from typing import Any
 
@@ -29,13 +35,19 @@ from saccade.core.errors import SaccadeError
 from saccade.core.features import Backbone
 from saccade.core.keymap import Dropped, KeyMap, pvt_names, within, without_first_axis
 from saccade.core.record import recording
-from saccade.core.site import Site
+from saccade.core.site import MixerFactory, Site
 from saccade.core.template import Template
 from saccade.parts.attention import Attention, check_heads
+from saccade.parts.block import LAYER_NORM, Block
+from saccade.parts.convolution import depthwise
+from saccade.parts.merging import ConvMerging
+from saccade.parts.pyramid import Pyramid
+from saccade.parts.stem import PatchEmbed
 from saccade.parts.tokens import join, split
 
 _ADDRESS = "https://github.com/ziplab/EcoFormer/releases/download/v1.0/"
-_PUBLISHED = tuple(f"ecoformer_pvt_v2_b{number}" for number in range(5))
+_PVT = tuple(f"ecoformer_pvt_v2_b{number}" for number in range(5))
+_PUBLISHED = (*_PVT, "ecoformer_twins_svt_s")
 
 CARD = Card(
     "EcoFormer: Energy-Saving Attention with Linear Complexity",
@@ -50,10 +62,12 @@ CARD = Card(
     keywords="kernelized hashing attention, binary codes, linear attention, Hamming distance, binarization, energy",
     kinds=("backbone", "mixer"),
     mixers={"kernelized_hashing": "KernelizedHashing"},
-    macs=dict(zip(_PUBLISHED, (0.54e9, 2.03e9, 3.85e9, 6.54e9, 9.57e9), strict=True)),
-    top1=dict(zip(_PUBLISHED, (70.44, 78.38, 81.28, 81.96, 81.90), strict=True)),
-    weights={name: Weights(f"{_ADDRESS}pvtv2_b{number}_ecoformer.pth", licence="Apache-2.0")
-             for number, name in enumerate(_PUBLISHED)},
+    macs=dict(zip(_PUBLISHED, (0.54e9, 2.03e9, 3.85e9, 6.54e9, 9.57e9, 2.72e9), strict=True)),
+    top1=dict(zip(_PUBLISHED, (70.44, 78.38, 81.28, 81.96, 81.90, 80.22), strict=True)),
+    aliases={f"alt_gvt_{size}_ecoformer": f"ecoformer_twins_svt_{size[0]}" for size in ("small", "base", "large")},
+    weights={name: Weights(f"{_ADDRESS}{theirs}_ecoformer.pth", licence="Apache-2.0")
+             for name, theirs in zip(_PUBLISHED, (*(f"pvtv2_b{number}" for number in range(5)), "twins_svt_s"),
+                                     strict=True)},
     goldens=("ecoformer_pvt_v2_b0", "op_ecoformer_attention"),
     tests=("tests/papers/test_ecoformer.py",),
 )
@@ -211,21 +225,63 @@ def learn_hash_functions(
     return losses
 
 
+class FirstBlock(Block):
+    """A block, then x += depthwise convolution of x: where a stage of Twins finds out about positions.
+
+    (Chu et al., "Twins: Revisiting the Design of Spatial Attention in Vision Transformers", 2021, section 3.1.)
+    """
+
+    def __init__(self, site: Site, mixer: nn.Module, **options: Any) -> None:
+        super().__init__(site, mixer, **options)
+        self.local = depthwise(site.rank, site.dim, 3)
+
+    def forward(self, x: Tensor, **optional: Any) -> Tensor:
+        x = super().forward(x, **optional)
+        return x + self.local(x)
+
+
+_TWINS: dict[str, Any] = dict(builder="ecoformer_twins")
 SIZES: dict[str, dict[str, Any]] = {
-    **{name: dict(host=name.removeprefix("ecoformer_")) for name in _PUBLISHED},
+    **{name: dict(host=name.removeprefix("ecoformer_")) for name in _PVT},
     "ecoformer_nano": dict(host="pvt_v2_nano", stages=3),
+    "ecoformer_twins_svt_s": _TWINS | dict(dims=(64, 128, 256, 512), depths=(2, 2, 10, 4)),
+    "ecoformer_twins_svt_b": _TWINS | dict(dims=(96, 192, 384, 768), depths=(2, 2, 18, 2)),
+    "ecoformer_twins_svt_l": _TWINS | dict(dims=(128, 256, 512, 1024), depths=(2, 2, 18, 2)),
+    "ecoformer_twins_nano": _TWINS | dict(dims=(32, 64, 128), depths=(1, 2, 2), patch=2, img_size=32),
 }
+
+
+def own_mixer(last: int, bits: int, anchors: int) -> MixerFactory:
+    """Kernelized hashing in all stages before the `last`, which has plain attention."""
+
+    def own(site: Site) -> nn.Module:
+        return KernelizedHashing(site, bits, anchors) if site.stage < last else Attention(site)
+
+    return own
 
 
 def ecoformer(
     host: str, stages: int = 4, bits: int = 16, anchors: int = 25, mixer: Any = None, **common: Any
 ) -> Backbone:
     """A PVT v2 (`host`) with kernelized hashing in all of its `stages` but the last, which has plain attention."""
+    return create_model(host, mixer=hybrid_mixer(own_mixer(stages - 1, bits, anchors), mixer), **common)
 
-    def own(site: Site) -> nn.Module:
-        return KernelizedHashing(site, bits, anchors) if site.stage < stages - 1 else Attention(site)
 
-    return create_model(host, mixer=hybrid_mixer(own, mixer), **common)
+def ecoformer_twins(
+    dims: Sequence[int], depths: Sequence[int], patch: int = 4, bits: int = 16, anchors: int = 25, mixer: Any = None,
+    **common: Any,
+) -> Pyramid:
+    """A Twins-SVT with kernelized hashing in all of its stages but the last, which has plain attention."""
+
+    def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
+        return (Block if site.index else FirstBlock)(site, mixer, drop_path=drop_path)
+
+    return Pyramid(
+        dims, depths, [dim // 32 for dim in dims], stride=patch,
+        stem=partial(PatchEmbed, stride=patch, kernel=patch, norm=nn.LayerNorm),
+        downsample=partial(ConvMerging, kernel=2), block=block, mixer=own_mixer(len(dims) - 1, bits, anchors),
+        norm=LAYER_NORM, replace=mixer, **common,
+    )
 
 
 MIXER: KeyMap = (
@@ -236,5 +292,13 @@ MIXER: KeyMap = (
     (r"to_(qk|v)\.(.*)", r"\1.\2"),
     (r"(.*)", r"\1"),
 )
-AUTHORS: KeyMap = pvt_names((*within(MIXER, r"attn\.", "mixer."), (r"mlp\.dwconv\.dwconv\.(.*)", r"mlp.local.\1")))
+_ATTENTION = within(MIXER, r"attn\.", "mixer.")
+AUTHORS: KeyMap = (
+    *((rf"patch_embeds\.0\.{layer}\.(.*)", rf"stem.{layer}.\1") for layer in ("proj", "norm")),
+    (r"patch_embeds\.(\d+)\.proj\.(.*)", r"stages.\1.downsample.0.\2"),
+    (r"patch_embeds\.(\d+)\.norm\.(.*)", r"stages.\1.downsample.1.\2"),
+    (r"pos_block\.(\d+)\.proj\.0\.(.*)", r"stages.\1.blocks.0.local.\2"),
+    *within((*_ATTENTION, (r"(.*)", r"\1")), r"blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    *pvt_names((*_ATTENTION, (r"mlp\.dwconv\.dwconv\.(.*)", r"mlp.local.\1"))),
+)
 TAPS = {f"stage{number + 1}": f"stages.{number}" for number in range(4)}

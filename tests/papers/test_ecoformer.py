@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from saccade import SaccadeError, Site, create_model, record
 from saccade.papers.ecoformer import CARD, HashFunctions, KernelizedHashing, learn_hash_functions
+from saccade.tools.golden import fill
 from saccade.tools.measure import declared_macs
 
 
@@ -132,3 +133,57 @@ def test_published_multiply_adds(name):
     with torch.device("meta"):
         macs = declared_macs(create_model(name), (torch.empty(1, 3, 224, 224),))
     assert macs == pytest.approx(CARD.macs[name], rel=0.01, abs=0.01e9)
+
+
+def twins_state(dims=(32, 64, 128), depths=(1, 2, 2), classes=5):
+    """The names and shapes of the authors' Twins with patches of 2 pixels, the last stage with softmax attention."""
+    shapes = {"norm.weight": (dims[-1],), "norm.bias": (dims[-1],), "head.weight": (classes, dims[-1]),
+              "head.bias": (classes,)}
+    for stage, (before, dim, depth) in enumerate(zip((3, *dims), dims, depths)):
+        at, heads = f"patch_embeds.{stage}.", dim // 32
+        shapes |= {at + "proj.weight": (dim, before, 2, 2), at + "proj.bias": (dim,), at + "norm.weight": (dim,),
+                   at + "norm.bias": (dim,), f"pos_block.{stage}.proj.0.weight": (dim, 1, 3, 3),
+                   f"pos_block.{stage}.proj.0.bias": (dim,)}
+        layers = {"attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim)}
+        layers |= {"attn.qkv": (3 * dim, dim)} if stage == 2 else {"attn.to_qk": (dim, dim), "attn.to_v": (dim, dim)}
+        for index in range(depth):
+            at = f"blocks.{stage}.{index}."
+            for name, shape in {**layers, "norm1": (dim,), "norm2": (dim,)}.items():
+                shapes |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
+            if stage < 2:
+                shapes |= {at + "attn.fast_attention.projection_matrix": (110, 32),
+                           at + "attn.fast_attention.ksh.A": (heads, 16, 25),
+                           at + "attn.fast_attention.ksh.mvec": (1, heads, 1, 25),
+                           at + "attn.fast_attention.ksh.anchor": (1, heads, 25, 32)}
+    return {name: fill(name, shape, "param") for name, shape in shapes.items()}
+
+
+def test_the_authors_twins(tmp_path):
+    """Step by step from the authors' names, but for what mixes tokens, against the network."""
+    state = twins_state()
+    torch.save({"model": state}, tmp_path / "twins.pth")
+    model = create_model("ecoformer_twins_nano", num_classes=5, checkpoint_path=tmp_path / "twins.pth").eval()
+    assert model.load_report.format == "authors" and not model.load_report.left
+    x = image = torch.randn(2, 3, 33, 40)  # one row is in no patch
+
+    def norm(x, name, eps=1e-6):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    with torch.no_grad():
+        for stage, depth in enumerate((1, 2, 2)):
+            at = f"patch_embeds.{stage}."
+            x = F.conv2d(x, state[at + "proj.weight"], state[at + "proj.bias"], stride=2).movedim(1, -1)
+            x = norm(x, at + "norm", 1e-5)
+            for index in range(depth):
+                at = f"blocks.{stage}.{index}."
+                x = x + model.stages[stage].blocks[index].mixer(norm(x, at + "norm1"))
+                x = x + linear(F.gelu(linear(norm(x, at + "norm2"), at + "mlp.fc1")), at + "mlp.fc2")
+                if index == 0:
+                    weight, bias = (state[f"pos_block.{stage}.proj.0.{what}"] for what in ("weight", "bias"))
+                    x = x + F.conv2d(x.movedim(-1, 1), weight, bias, padding=1, groups=len(bias)).movedim(1, -1)
+            x = x.movedim(-1, 1)
+        wanted = linear(norm(x.movedim(1, -1), "norm").mean((1, 2)), "head")
+        torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
