@@ -9,14 +9,15 @@ Chen, He, Zhuo, Ma, Ha, Chan, "TVConv: Efficient Translation Variant Convolution
 2022, section 3.
 
 Any grid: affinity map and layer norms belong to the native grid; the weights made there are resampled (linearly) to the
-grid that comes. The network is MobileNet V2 on 96 x 96 faces, its first convolution without stride, its head a norm, a
-mean, a layer and a norm (no dropout): an embedding of `num_classes` (512) numbers.
+grid that comes. The networks are MobileNet V2 and ShuffleNet V2 on 96 x 96 faces, their first convolution without
+stride, their head a norm, a mean, a layer and a norm (no dropout): an embedding of `num_classes` (512) numbers.
 Quirks kept: layer norms are over the whole map, with an affine of its shape. Blocks that stride convolve likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace as changed
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,14 +27,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.keymap import Dropped, KeyMap
-from saccade.core.site import Site
+from saccade.core.keymap import Dropped, KeyMap, Rule, matrix_from_1x1, within
+from saccade.core.site import MixerFactory, Site
 from saccade.core.template import Template
-from saccade.parts.convolution import grid_conv
+from saccade.parts.convolution import conv_norm, grid_conv
 from saccade.parts.head import Head
-from saccade.parts.mobilenet import INVERTED_ROWS, MobileNet, Row, places, torchvision_names
+from saccade.parts.mobilenet import (
+    DEPTHWISE,
+    INVERTED_ROWS,
+    MobileBlock,
+    MobileNet,
+    Row,
+    places,
+    torchvision_names,
+)
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
+from saccade.parts.pyramid import Pyramid
+from saccade.parts.resnet import MaxPool, each
+from saccade.parts.stem import ConvStem
 
 CARD = Card(
     "TVConv: Efficient Translation Variant Convolution for Layout-aware Visual Processing",
@@ -178,12 +190,78 @@ class EmbeddingHead(Head):
         return self.fc(self.pool(self.norm(x)))
 
 
+class ShuffleBlock(MobileBlock):
+    """Channels of two branches in turn: (B, *grid, dim) -> (B, *grid / stride, out_dim).
+
+    One is act(norm(fc(norm(mixer(act(norm(fc(x))))))), on half of the channels; the other the other half, as it is, or,
+    where the block strides, act(norm(fc(norm(skip(x))))), both on all of them.
+    (Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", 2018, figure 3 c, d.)
+    """
+
+    def __init__(self, site: Site, layer: nn.Module, dim: int, out_dim: int, skip: nn.Module | None = None) -> None:
+        super().__init__(site, layer, 1 if skip is None else 2)
+        half = out_dim // 2
+        self.expand = _activated(half if skip is None else dim, half)
+        self.norm = BatchNorm(half)
+        self.shrink = _activated(half, half)
+        self.skip = None if skip is None else nn.Sequential(skip, BatchNorm(dim), *_activated(dim, half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, x = x.chunk(2, -1) if self.skip is None else (self.skip(x), x)
+        return torch.stack([kept, self.shrink(self.norm(self.mix(self.expand(x))))], -1).flatten(-2)
+
+
+def _activated(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, out_dim, bias=False), BatchNorm(out_dim), nn.ReLU())
+
+
+class ShuffleNet(Pyramid):
+    """ShuffleNet V2: a stem that ends with the first block that strides, such blocks between stages, a wide last layer.
+
+    `make` builds depthwise layers; those of blocks that keep the grid are the mixers, on half of the channels.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], depths: Sequence[int], *, make: MixerFactory, stem_dim: int, last: int,
+        img_size: int | Sequence[int] = 224, replace: Any = None, **common: Any,
+    ) -> None:
+        size = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
+
+        def down(stage: int, dim: int, out_dim: int) -> ShuffleBlock:
+            grid = tuple(-(-side // (4 << stage)) for side in size)
+            sites = [Site(width, 1, stage, 0, 4 << stage, grid) for width in (out_dim // 2, dim)]
+            layer, skip = (make(site, stride=2) for site in sites)  # type: ignore[call-arg]
+            return ShuffleBlock(sites[0], layer, dim, out_dim, skip)
+
+        def stem(rank: int, in_chans: int, dim: int) -> ConvStem:
+            return ConvStem(*conv_norm(rank, in_chans, stem_dim), nn.ReLU(), MaxPool(rank), down(0, stem_dim, dim))
+
+        def narrow(site: Site) -> Site:
+            return changed(site, dim=site.dim // 2)
+
+        def at(factory: MixerFactory, site: Site) -> nn.Module:
+            return factory(narrow(site))
+
+        super().__init__(
+            dims, depths, [1] * len(dims), stem=stem, stride=4, img_size=img_size,
+            downsample=[lambda _, dim, out, stage=stage: down(stage, dim, out) for stage in range(1, len(dims))],
+            block=lambda site, mixer, drop_path: ShuffleBlock(narrow(site), mixer, site.dim, site.dim),
+            mixer=each(make, at), replace=None if replace is None else each(replace, at),
+            norm=lambda dim: _activated(dim, last), head=lambda _, *options: EmbeddingHead(last, *options), **common,
+        )
+        self.num_features = last
+
+
 SIZES: dict[str, dict[str, Any]] = {
     f"tvconv_mobilenet_v2_x{number // 10}_{number % 10}": dict(scale=number / 10, num_classes=512, img_size=96)
     for number in (1, 2, 3, 5, 10)
 }
 SIZES["tvconv_nano"] = dict(rows=(Row(1, 16, 1, 1), Row(2, 24, 2, 2), Row(2, 32, 2, 2)), scale=1.0, width=8, layers=1,
                             last=64, img_size=32)
+SIZES |= {f"tvconv_shufflenet_v2_x{name}": dict(builder="tvconv_shufflenet", dims=dims, num_classes=512, img_size=96)
+          for name, dims in (("0_5", (48, 96, 192)), ("1_0", (116, 232, 464)), ("1_5", (176, 352, 704)))}
+SIZES["tvconv_shufflenet_nano"] = dict(builder="tvconv_shufflenet", dims=(32, 48), depths=(1, 1), width=8, layers=1,
+                                       stem_dim=16, last=64, img_size=32)
 
 
 def tvconv(
@@ -204,6 +282,24 @@ def tvconv(
                      head=EmbeddingHead, replace=mixer, **common)
 
 
+def tvconv_shufflenet(
+    dims: Sequence[int],
+    depths: Sequence[int] = (3, 7, 3),
+    kernel: int = 3,
+    channels: int = 4,
+    width: int = 64,
+    layers: int = 3,
+    bias: bool = False,
+    stem_dim: int = 24,
+    last: int = 1024,
+    mixer: Any = None,
+    **common: Any,
+) -> ShuffleNet:
+    """A ShuffleNet V2 of a width, its depthwise layers translation variant."""
+    make = partial(TVConv, kernel=kernel, channels=channels, width=width, layers=layers, bias=bias)
+    return ShuffleNet(dims, depths, make=make, stem_dim=stem_dim, last=last, replace=mixer, **common)
+
+
 def _channels_last(value: Tensor) -> Tensor:
     """(C, *grid) as (*grid, C)."""
     return value.movedim(0, -1)
@@ -222,8 +318,39 @@ OPERATOR: KeyMap = (
         (rf"(weight|bias)_layers\.{number}\.1\.(.*)", rf"maps.\1_layers.{3 * number + 1}.\2", _channels_last))),
 )
 
+
+
+def shuffle_names(layer: KeyMap = DEPTHWISE) -> list[Rule]:
+    """torchvision's names of a ShuffleNet V2 but for its head; `layer` has the rules of what is a depthwise layer."""
+
+    def block(mixer: str) -> list[Rule]:
+        return [
+            *within(layer, r"branch1\.0\.", "skip.0."),
+            (r"branch1\.2\.weight", "skip.2.weight", matrix_from_1x1),
+            (r"branch1\.(.*)", r"skip.\1"),
+            (r"branch2\.0\.weight", "expand.0.weight", matrix_from_1x1),
+            (r"branch2\.1\.(.*)", r"expand.1.\1"),
+            *within(layer, r"branch2\.3\.", f"{mixer}."),
+            (r"branch2\.4\.(.*)", r"norm.\1"),
+            (r"branch2\.5\.weight", "shrink.0.weight", matrix_from_1x1),
+            (r"branch2\.6\.(.*)", r"shrink.1.\1"),
+        ]
+
+    return [
+        (r"conv1\.(.*)", r"stem.\1"),
+        *within(block("local"), r"stage2\.0\.", "stem.4."),
+        *(rule for stage in range(3) for rule in (
+            *within(block("local"), rf"stage{stage + 2}\.0\.", f"stages.{stage}.downsample."),
+            *(rule for index in range(1, 8) for rule in within(
+                block("mixer"), rf"stage{stage + 2}\.{index}\.", f"stages.{stage}.blocks.{index - 1}.")))),
+        (r"conv5\.0\.weight", "norm.0.weight", matrix_from_1x1),
+        (r"conv5\.1\.(.*)", r"norm.1.\1"),
+    ]
+
+
 AUTHORS: KeyMap = (
     *torchvision_names(layer=OPERATOR),
+    *shuffle_names(OPERATOR),
     (r"output_layer\.layer1\.(?:0\.)?(.*)", r"head.norm.\1"),  # .0 beside a dropout
     (r"output_layer\.layer2\.(.*)", r"head.fc.\1"),
 )

@@ -7,9 +7,11 @@ from itertools import product
 import pytest
 import torch
 
-from saccade import Site, create_model
+from saccade import SaccadeError, Site, create_model
+from saccade.core.keymap import rename
 from saccade.core.load import load
-from saccade.papers.tvconv import TVConv
+from saccade.papers.tvconv import ShuffleNet, TVConv, shuffle_names
+from saccade.parts.mobilenet import SmallDepthwise
 from saccade.parts.position import resample
 from saccade.parts.reparameterize import reparameterize
 from tests.contracts.registered import randomised
@@ -58,3 +60,33 @@ def test_weights_of_another_native_grid():
     first = "stages.0.blocks.0.mixer.maps.affinity"
     torch.testing.assert_close(large.get_parameter(first),
                                resample(small.get_parameter(first), (48, 48), linear=True))
+
+
+def test_the_shuffle_net_around_it():
+    """With plain depthwise layers it is torchvision's ShuffleNet V2, but for the stem's stride and the head."""
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    theirs = randomised(models.shufflenet_v2_x0_5()).eval()
+    theirs.conv1[0].stride, theirs.fc = (1, 1), torch.nn.Identity()
+    ours = ShuffleNet((48, 96, 192), (3, 7, 3), make=SmallDepthwise, stem_dim=24, last=1024, num_classes=0,
+                      img_size=48).eval()
+    left = ours.load_state_dict(rename(theirs.state_dict(), shuffle_names()).state, strict=False)
+    assert not left.unexpected_keys and all(name.startswith("head.") for name in left.missing_keys)
+    image = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        wanted = theirs(image)
+        got = ours.forward_features(image)
+    torch.testing.assert_close(got.mean((2, 3)), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_shuffle_nets_of_the_authors():
+    """Grids of 24, 12 and 6 tokens from 96 pixels; half of the channels are mixed."""
+    with torch.device("meta"):
+        model = create_model("tvconv_shufflenet_v2_x1_0")
+    mixers = [(name, tuple(module.maps.affinity.shape[1:3]), module.maps.dim)
+              for name, module in model.named_modules() if isinstance(module, TVConv)]
+    assert mixers[:2] == [("stem.4.local", (24, 24), 58), ("stem.4.skip.0", (24, 24), 24)]
+    assert ("stages.1.downsample.skip.0", (12, 12), 116) in mixers and mixers[-1][1:] == ((6, 6), 232)
+    assert len(mixers) == 3 * 2 + 3 + 7 + 3
+    with pytest.raises(SaccadeError, match="matches no block"):
+        create_model("tvconv_shufflenet_nano", mixer={"stages.1.downsample": "pooling"})
