@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 
 from saccade import SaccadeError, create_model
 from saccade.core.record import record
-from saccade.papers.fit import FIT, AutoregressiveFIT, parse_layers
+from saccade.papers.fit import FIT, AutoregressiveFIT, DenoisingFIT, time_code
+from saccade.parts.interleaved import parse_layers
+from saccade.parts.pixels import image_of
 from saccade.tools.measure import count_macs
 from tests.contracts.registered import randomised
 
@@ -210,3 +213,90 @@ def test_local_layers_take_any_mixer():
     model = create_model("fit_nano", mixer={"blocks.1.*": "pooling"})
     kinds = [type(layer.mixer).__name__ for block in model.blocks for layer in block.local]
     assert isinstance(model, FIT) and kinds == ["GroupAttention", "Pooling", "GroupAttention"]
+
+
+def denoiser(**options):
+    torch.manual_seed(0)
+    settings = dict(dim=16, latent_dim=32, heads=2, latent_heads=4, layers="(1)1(1)1(1)", latents=3, window=2, patch=4,
+                    img_size=(16, 24))
+    return randomised(DenoisingFIT(**settings | options)).double().eval()
+
+
+def test_the_denoiser_in_loops():
+    """Group after group; all latents attend to the time and the condition once they have read."""
+    model, image = denoiser(condition_dim=5), torch.randn(1, 3, 16, 24, dtype=torch.float64)
+    time, condition = torch.tensor([0.3], dtype=torch.float64), torch.randn(1, 2, 5, dtype=torch.float64)
+    previous = torch.randn(1, 6, 3, 32, dtype=torch.float64)
+    with torch.no_grad():
+        tokens = model.stem(image)[0]
+        x = {(r, c): tokens[2 * r:2 * r + 2, 2 * c:2 * c + 2].flatten(0, 1) + model.positions.position
+             for r in range(2) for c in range(3)}
+        start = model.before_norm(previous + model.before(previous))[0]
+        z = {group: model.positions.latents[0][group].view(3, 32) + start[number] for number, group in enumerate(x)}
+        context = torch.cat([model.time(time_code(time, 8)), model.condition(condition)[0]])
+        for block in model.blocks:
+            x = {group: layer(block.local[0], value, 2) for group, value in x.items()}
+            if block.read is not None:
+                z = {group: exchange(block.read, z[group], x[group]) for group in x}
+                every = layer(block.over[0], exchange(block.inform, torch.cat(list(z.values())), context), 4)
+                z = dict(zip(z, every.split(3), strict=True))
+                x = {group: exchange(block.write, x[group], z[group]) for group in x}
+        rows = [torch.cat([x[r, c].unflatten(0, (2, 2)) for c in range(3)], 1) for r in range(2)]
+        guess = model.guess(model.norm(torch.cat(rows))).flatten(0, 1)[None]
+        got, latents = model(image, time, condition, previous)
+    torch.testing.assert_close(got, image_of(guess, 4, (4, 6)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(latents[0], torch.stack(list(z.values())), rtol=1e-9, atol=1e-9)
+
+
+def test_time_code():
+    """Of mean 0 and variance 1; the angles go from 1000 t down."""
+    code = time_code(torch.tensor([0.25, 1.0]), 64)
+    torch.testing.assert_close(code.mean(-1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(code.square().mean(-1), torch.ones(2))
+    raw = torch.tensor([[fun(1000 * t / 10000 ** (i / 64)) for fun in (math.sin, math.cos) for i in range(0, 64, 2)]
+                        for t in (0.25, 1.0)])
+    torch.testing.assert_close(code, (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, correction=0, keepdim=True),
+                               rtol=1e-3, atol=1e-3)
+
+
+def test_self_conditioning_starts_as_nothing():
+    """Before training, what the step before left is not seen; then the second step's guess depends on it."""
+    torch.manual_seed(0)
+    model = DenoisingFIT(16, 32, 2, 4, "(1)1(1)", latents=3, window=2, patch=4, img_size=16).eval()
+    image, time = torch.randn(2, 3, 13, 18), torch.rand(2)
+    with torch.no_grad():
+        guess, latents = model(image, time)
+        torch.testing.assert_close(model(image, time, previous=latents)[0], guess)
+        model.before_norm.weight.fill_(1)
+        assert (model(image, time, previous=latents)[0] - guess).abs().max() > 1e-4
+        assert guess.shape == image.shape and (model(image, time / 2)[0] - guess).abs().max() > 1e-6
+
+
+def test_a_denoiser_learns_to_see_noise():
+    """A step of a few gradients on one noisy pattern lowers the error; every parameter is reached."""
+    torch.manual_seed(0)
+    model = DenoisingFIT(16, 32, 2, 4, "(1)1(1)", latents=2, window=2, patch=4, img_size=16, condition_dim=3)
+    randomised(model)
+    clean, noise = torch.ones(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    time, condition = torch.rand(4), torch.randn(4, 1, 3)
+    mixed = (1 - time).sqrt()[:, None, None, None] * clean + time.sqrt()[:, None, None, None] * noise
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(12):
+        guess, latents = model(mixed, time, condition)
+        loss = (model(mixed, time, condition, latents.detach())[0] - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_denoiser_without_its_condition_is_one_line():
+    image, time = torch.randn(1, 3, 16, 24, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
+    with pytest.raises(SaccadeError, match="give a condition .B, S, 5."):
+        denoiser(condition_dim=5)(image, time)
+    with pytest.raises(SaccadeError, match="condition_dim is 0"):
+        denoiser()(image, time, torch.randn(1, 1, 5, dtype=torch.float64))
+    with pytest.raises(SaccadeError, match="latent_dim=36"):
+        denoiser(latent_dim=36)
