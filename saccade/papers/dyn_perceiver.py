@@ -34,6 +34,7 @@ from saccade.parts.latent import LATENT_NAMES, LatentLayer
 from saccade.parts.mobilenet_v3 import LARGE, NANO, MobileNetV3, Row, block_names
 from saccade.parts.norm import BatchNorm
 from saccade.parts.pyramid import Pyramid, undecayed
+from saccade.parts.regnet import regnet_names, regnet_pyramid
 from saccade.parts.resnet import BLOCK_NAMES, BasicBlock, Bottleneck, resnet_pyramid
 
 _WIDTHS = {"": 1.0, "_0x5": 0.5, "_0x75": 0.75, "_1x25": 1.25, "_1x5": 1.5, "_2x0": 2.0}
@@ -43,9 +44,16 @@ _RESNETS: dict[str, dict[str, Any]] = {
     **{f"resnet50{name}": dict(depths=(3, 4, 6, 3), dim=dim)
        for name, dim in {"": 64, "_0375": 24, "_050": 32, "_0625": 40, "_075": 48}.items()},
 }
-_LATENTS = {"resnet18": (128, 256, 512), "resnet34": (128, 256, 512), "resnet50": (64, 128, 256, 512),
-            "resnet50_0375": (64, 128, 256), "resnet50_050": (64, 128, 256), "resnet50_0625": (128, 160, 192, 256),
-            "resnet50_075": (128, 256)}
+_REGNETS: dict[str, dict[str, Any]] = {
+    "reg400m": dict(dims=(48, 104, 208, 440), depths=(1, 3, 6, 6), group=8),
+    "reg800m": dict(dims=(64, 144, 320, 784), depths=(1, 3, 8, 2), group=16),
+    "reg1x6g": dict(dims=(48, 120, 336, 888), depths=(2, 6, 17, 2), group=24),
+    "reg3x2g": dict(dims=(72, 216, 576, 1512), depths=(2, 5, 13, 1), group=24),
+}
+_LATENTS = {"reg400m": (32, 64, 128, 256, 512), "reg800m": (32, 64, 128, 256, 512), "reg1x6g": (128, 256, 512),
+            "reg3x2g": (128, 256, 512), "resnet18": (128, 256, 512), "resnet34": (128, 256, 512),
+            "resnet50": (64, 128, 256, 512), "resnet50_0375": (64, 128, 256), "resnet50_050": (64, 128, 256),
+            "resnet50_0625": (128, 160, 192, 256), "resnet50_075": (128, 256)}
 
 CARD = Card(
     "Dynamic Perceiver for Efficient Visual Recognition",
@@ -58,11 +66,12 @@ CARD = Card(
     read="paper, code",
     keywords="early exit, anytime prediction, budgeted inference, latent code, cross-attention, MobileNetV3, dynamic",
     kinds=("backbone",),
-    top1={"dyn_perceiver_mobilenet_v3_0x75_t128": 74.6, "dyn_perceiver_resnet50_0375_t128": 77.7},
+    top1={"dyn_perceiver_mobilenet_v3_0x75_t128": 74.6, "dyn_perceiver_resnet50_0375_t128": 77.7,
+          "dyn_perceiver_reg800m_t128": 79.9},
     aliases={f"mobilenetv3{width}_perceiver_t{latents}": f"dyn_perceiver_mobilenet_v3{width}_t{latents}"
              for width in _WIDTHS for latents in (128, 256, 512)}
     | {f"{host}_perceiver_t{latents}": f"dyn_perceiver_{host}_t{latents}"
-       for host in _RESNETS for latents in _LATENTS[host]},
+       for host in _LATENTS for latents in _LATENTS[host]},
     goldens=("dyn_perceiver_mobilenet_v3_0x75_t128",),
     tests=("tests/papers/test_dyn_perceiver.py",),
 )
@@ -284,6 +293,9 @@ SIZES: dict[str, dict[str, Any]] = {
 } | {
     f"dyn_perceiver_{host}_t{latents}": dict(shape, latents=latents, builder="dyn_perceiver_resnet")
     for host, shape in _RESNETS.items() for latents in _LATENTS[host]
+} | {
+    f"dyn_perceiver_{host}_t{latents}": dict(shape, latents=latents, builder="dyn_perceiver_regnet")
+    for host, shape in _REGNETS.items() for latents in _LATENTS[host]
 } | {"dyn_perceiver_nano": dict(rows=NANO, latents=16, depths=(1, 1, 2, 1), stem_stride=1, hidden=64, img_size=32)}
 
 
@@ -316,12 +328,23 @@ def dyn_perceiver_resnet(
     return DynamicPerceiver(host, latents, layers, ratio=ratio, num_classes=num_classes, img_size=img_size)
 
 
+def dyn_perceiver_regnet(
+    latents: int, dims: Sequence[int], depths: Sequence[int], group: int, layers: Sequence[int] = (3, 3, 9, 6),
+    ratio: int = 4, num_classes: int = 1000, img_size: int | Sequence[int] = 224, in_chans: int = 3,
+    drop_path_rate: float = 0.0, mixer: Any = None,
+) -> DynamicPerceiver:
+    """A Dynamic Perceiver on a RegNetY, whose latent branch has `layers` a stage."""
+    host = regnet_pyramid(dims, depths, group, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate,
+                          replace=mixer)
+    return DynamicPerceiver(host, latents, layers, ratio=ratio, num_classes=num_classes, img_size=img_size)
+
+
 def RECORDED(golden: dict[str, Any]) -> dict[str, Any]:
     """The layers of the latent branch that a golden was recorded with."""
     args = golden["source"]["args"]
-    resnet = "resnet" in golden["source"]["object"]
-    factors = args.get("depth_factor", (1, 1, 1, 3 if resnet else 1))
-    return dict({"layers" if resnet else "depths": tuple(
+    host = golden["source"]["object"]
+    factors = args.get("depth_factor", (1, 1, 1, 3 if "resnet" in host else 1))
+    return dict({"depths" if "mobilenet" in host.lower() else "layers": tuple(
         depth * factor for depth, factor in zip((3, 3, 9, 3), factors, strict=True))},
                 ratio=args.get("SA_widening_factor", 1))
 
@@ -349,6 +372,8 @@ def AUTHORS(name: str) -> KeyMap:
         rules = [(r"cnn_stem\.(.*)", r"stem.\1"), (r"classifier_cnn\.(weight|bias)", r"head.third.0.\1")]
         for stage in range(4):
             rules += within(BLOCK_NAMES, rf"cnn_body_stage{stage + 1}\.(\d+)\.", rf"stages.{stage}.blocks.\1.")
+    elif "_reg" in name:
+        rules = [*regnet_names(trunk="cnn_body", stem="cnn_stem"), (r"classifier_cnn\.(.*)", r"head.third.0.\1")]
     else:
         rules = _mobilenet_names()
     for stage in range(4):

@@ -174,6 +174,7 @@ def resnet_pyramid(
     reduction: MixerFactory | Sequence[MixerFactory] | None = STRIDED,
     stem: Callable[[int, int, int], nn.Module] = resnet_stem,
     stem_dim: int = 64,
+    stem_stride: int = 4,
     strides: Sequence[int] = (1, 2, 2, 2),
     heads: Sequence[int] | None = None,
     replace: Any = None,
@@ -206,7 +207,7 @@ def resnet_pyramid(
                              for index in range(depth) if not first(Site(1, stage=stage, index=index))])
     return Pyramid(
         dims, depths, heads or [max(width // 32, 1) for width in widths],
-        stem=lambda rank, in_chans, _: stem(rank, in_chans, stem_dim), stride=4 * strides[0],
+        stem=lambda rank, in_chans, _: stem(rank, in_chans, stem_dim), stride=stem_stride * strides[0],
         downsample=lambda *_: nn.Identity(), downsample_stride=strides[1:], block=build,
         mixer=each(mixer, at), replace=None if replace is None else each(replace, at), **options,
     )

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from saccade import SaccadeError, create_model
+from saccade.core.keymap import rename
 from saccade.papers.dyn_perceiver import DynamicPerceiver, exit_loss
 from saccade.parts.early_exit import confidence, exits_at, solve_thresholds
+from saccade.parts.regnet import regnet_names, regnet_pyramid
 from saccade.tools.measure import count_macs
 from tests.contracts.registered import randomised
 
@@ -96,3 +98,24 @@ def test_loss_is_that_of_the_authors_training():
     network = model().train()
     exit_loss(network.exits(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
+
+
+@pytest.mark.parametrize("name, count", [("reg400m_t32", 11592972), ("reg800m_t128", 21798360),
+                                         ("reg3x2g_t128", 62743346)])
+def test_parameters_on_regnets_are_those_of_the_authors_code(name, count):
+    with torch.device("meta"):
+        network = create_model(f"dyn_perceiver_{name}")
+    assert sum(value.numel() for value in network.parameters()) == count
+    assert network.feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_the_regnet_is_torchvisions():
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    theirs, image = randomised(models.regnet_y_400mf()).eval(), torch.randn(2, 3, 64, 96)
+    ours = regnet_pyramid((48, 104, 208, 440), (1, 3, 6, 6), 8).eval()
+    names = (*regnet_names(), (r"fc\.(.*)", r"head.fc.\1"))
+    ours.load_state_dict(rename(theirs.state_dict(), names).state)
+    with torch.no_grad():
+        wanted = theirs(image)
+        torch.testing.assert_close(ours(image), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
