@@ -190,7 +190,7 @@ class DenoisingFIT(nn.Module):
         x, z = self.positions(self.stem(image))
         previous = torch.zeros_like(z) if previous is None else previous
         z = z + self.before_norm(previous + self.before(previous))
-        context = self.time(time_code(time, self.time[0].in_features))[:, None]
+        context = self.time(time_code(time, z.shape[-1] // 4))[:, None]
         if self.condition is not None:
             context = torch.cat([context, self.condition(condition)], 1)
         for block in self.blocks:

@@ -168,15 +168,14 @@ class LocalCrossScan(GridScan):
         self.select = TokenMeanGate(self.norm.normalized_shape[0])
 
     def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
-        grid, total = tuple(u.shape[1:-1]), None
+        grid, total = tuple(u.shape[1:-1]), torch.zeros_like(u)
         for window in dict.fromkeys(order.window for order in self.orders):  # lines of one length share a scan
             ways = [number for number, order in enumerate(self.orders) if order.window == window]
-            lines = [torch.stack([self.orders[way].line(each) for way, each in zip(ways, maps, strict=True)], 1)
-                     for maps in ([u] * len(ways), [chosen[..., way, :] for way in ways])]
-            for way, y in zip(ways, self.scan(*lines, ways).unbind(1), strict=True):
-                y = self.orders[way].back(y, grid)
-                y = y * self.select(y.flatten(1, -2)).view(-1, *[1] * len(grid), y.shape[-1])
-                total = y if total is None else total + y
+            lines = torch.stack([self.orders[way].line(u) for way in ways], 1)
+            choices = torch.stack([self.orders[way].line(chosen[..., way, :]) for way in ways], 1)
+            for way, line in zip(ways, self.scan(lines, choices, ways).unbind(1), strict=True):
+                y = self.orders[way].back(line, grid)
+                total = total + y * self.select(y.flatten(1, -2)).view(-1, *[1] * len(grid), y.shape[-1])
         return total
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:

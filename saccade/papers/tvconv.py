@@ -211,6 +211,11 @@ class ShuffleBlock(MobileBlock):
         return torch.stack([kept, self.shrink(self.norm(self.mix(self.expand(x))))], -1).flatten(-2)
 
 
+def embedding_on(width: int, dim: int, num_classes: int, global_pool: str = "avg") -> EmbeddingHead:
+    """A head on a map of `width` channels, whatever the width `dim` of the last stage."""
+    return EmbeddingHead(width, num_classes, global_pool)
+
+
 def _activated(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, out_dim, bias=False), BatchNorm(out_dim), nn.ReLU())
 
@@ -227,14 +232,15 @@ class ShuffleNet(Pyramid):
     ) -> None:
         size = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
 
-        def down(stage: int, dim: int, out_dim: int) -> ShuffleBlock:
+        def down(stage: int, rank: int, dim: int, out_dim: int) -> ShuffleBlock:
             grid = tuple(-(-side // (4 << stage)) for side in size)
             sites = [Site(width, 1, stage, 0, 4 << stage, grid) for width in (out_dim // 2, dim)]
             layer, skip = (make(site, stride=2) for site in sites)  # type: ignore[call-arg]
             return ShuffleBlock(sites[0], layer, dim, out_dim, skip)
 
         def stem(rank: int, in_chans: int, dim: int) -> ConvStem:
-            return ConvStem(*conv_norm(rank, in_chans, stem_dim), nn.ReLU(), MaxPool(rank), down(0, stem_dim, dim))
+            start = conv_norm(rank, in_chans, stem_dim)
+            return ConvStem(*start, nn.ReLU(), MaxPool(rank), down(0, rank, stem_dim, dim))
 
         def narrow(site: Site) -> Site:
             return changed(site, dim=site.dim // 2)
@@ -244,10 +250,10 @@ class ShuffleNet(Pyramid):
 
         super().__init__(
             dims, depths, [1] * len(dims), stem=stem, stride=4, img_size=img_size,
-            downsample=[lambda _, dim, out, stage=stage: down(stage, dim, out) for stage in range(1, len(dims))],
+            downsample=[partial(down, stage) for stage in range(1, len(dims))],
             block=lambda site, mixer, drop_path: ShuffleBlock(narrow(site), mixer, site.dim, site.dim),
             mixer=each(make, at), replace=None if replace is None else each(replace, at),
-            norm=lambda dim: _activated(dim, last), head=lambda _, *options: EmbeddingHead(last, *options), **common,
+            norm=lambda dim: _activated(dim, last), head=partial(embedding_on, last), **common,
         )
         self.num_features = last
 
