@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from saccade import SaccadeError, Site, create_model, record
+from saccade.golden import fill
 from saccade.papers.ecoformer import CARD, HashFunctions, KernelizedHashing, learn_hash_functions
-from saccade.tools.golden import fill
 from saccade.tools.measure import declared_macs
 
 
