@@ -139,7 +139,8 @@ class LocalMamba(nn.Module):
         """Multiply-adds: 3 N C E for the projections, selections of width E on padded grids, C^2 / 4-wide gates."""
         total = (prod(grid) + prefix) * 3 * self.out_proj.weight.numel()
         for order, selection in zip(self.orders, self.selections, strict=True):
-            total += selection.cost(order.length(grid) + prefix) + 2 * self.gate.select.weight.numel()  # type: ignore[operator]
+            total += selection.cost(order.length(grid) + prefix)  # type: ignore[operator]
+            total += 2 * self.gate.select.weight.numel()
         return total
 
     def reach(self, site: Site) -> None:
@@ -367,7 +368,8 @@ AUTHORS: KeyMap = (
     (r"layers\.(\d+)\.norm\.(.*)", r"blocks.\1.norm.\2"),
     (r"norm_f\.(.*)", r"norm.\1"),
     *((rf"patch_embed\.{theirs}\.(.*)", rf"stem.{ours}.\1") for theirs, ours in ((0, "proj"), (2, "norm"))),
-    *within((*CROSS_SCAN, (r"(.*)", r"\1")), r"layers\.(\d+)\.blocks\.(\d+)\.op\.", r"stages.\1.blocks.\2.mixer."),
+    *within((*CROSS_SCAN, (r"(.*)", r"\1")), r"layers\.(\d+)\.blocks\.(\d+)\.op\.",
+            r"stages.\1.blocks.\2.mixer."),
     (r"layers\.(\d+)\.(blocks\.\d+\.norm\..*)", r"stages.\1.\2"),
     *((rf"layers\.{stage}\.downsample\.(.*)", rf"stages.{stage + 1}.downsample.\1") for stage in range(3)),
     (r"classifier\.norm\.(.*)", r"norm.\1"),
