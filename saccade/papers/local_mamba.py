@@ -317,7 +317,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "local_vim_nano": dict(dim=32, orders=_TINY[1:3], patch=4, img_size=32),
     "local_vssm_tiny": dict(builder="local_vssm", depths=(2, 2, 9, 2), orders=_LAYERS_15),
     "local_vssm_small": dict(builder="local_vssm", depths=(2, 2, 27, 2), orders=_LAYERS_33),
-    "local_vssm_nano": dict(builder="local_vssm", dims=(16, 32), depths=(1, 2), orders=_LAYERS_15[:3], img_size=32),
+    "local_vssm_nano": dict(builder="local_vssm", dims=(16, 32), depths=(1, 2), orders=_LAYERS_15[:3],
+                            patch=2, img_size=32),
 }
 
 
@@ -336,16 +337,16 @@ def local_mamba(
 
 def local_vssm(
     depths: Sequence[int], orders: Sequence[Sequence[str]], dims: Sequence[int] = (96, 192, 384, 768),
-    mixer: Any = None, **common: Any,
+    patch: int = 4, mixer: Any = None, **common: Any,
 ) -> Pyramid:
     """A LocalVMamba of a size, with a set of `orders` for each of its layers."""
 
     def own(site: Site) -> LocalCrossScan:
         return LocalCrossScan(site, orders[sum(depths[:site.stage]) + site.index])
 
-    return Pyramid(dims, depths, [max(dim // 32, 1) for dim in dims], stem=partial(PatchEmbed, norm=nn.LayerNorm),
-                   downsample=PatchMerging, block=partial(MixerBlock, norm=nn.LayerNorm), mixer=own, norm=nn.LayerNorm,
-                   replace=mixer, **common)
+    return Pyramid(dims, depths, [max(dim // 32, 1) for dim in dims], stride=patch, downsample=PatchMerging,
+                   stem=partial(PatchEmbed, stride=patch, norm=nn.LayerNorm),
+                   block=partial(MixerBlock, norm=nn.LayerNorm), mixer=own, norm=nn.LayerNorm, replace=mixer, **common)
 
 
 def mixer_names(orders: int) -> KeyMap:

@@ -130,7 +130,7 @@ def test_published_orders():
 def pyramid_state(dims=(16, 32), depths=(1, 2), classes=5):
     """The names and shapes of the authors' LocalVMamba."""
     first = dims[0]
-    shapes = {"patch_embed.0.weight": (first, 3, 4, 4), "patch_embed.0.bias": (first,),
+    shapes = {"patch_embed.0.weight": (first, 3, 2, 2), "patch_embed.0.bias": (first,),
               "patch_embed.2.weight": (first,), "patch_embed.2.bias": (first,),
               "layers.0.downsample.norm.weight": (4 * first,), "layers.0.downsample.norm.bias": (4 * first,),
               "layers.0.downsample.reduction.weight": (dims[1], 4 * first),
@@ -160,13 +160,13 @@ def test_the_authors_pyramid(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "local_vssm.ckpt")
     model = create_model("local_vssm_nano", num_classes=5, checkpoint_path=tmp_path / "local_vssm.ckpt").eval()
     assert model.load_report.format == "authors" and not model.load_report.left
-    image, orders = torch.randn(2, 3, 24, 40), iter(SIZES["local_vssm_nano"]["orders"])
+    image, orders = torch.randn(2, 3, 12, 20), iter(SIZES["local_vssm_nano"]["orders"])
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
 
     with torch.no_grad():
-        x = F.conv2d(image, state["patch_embed.0.weight"], state["patch_embed.0.bias"], stride=4).movedim(1, -1)
+        x = F.conv2d(image, state["patch_embed.0.weight"], state["patch_embed.0.bias"], stride=2).movedim(1, -1)
         x = norm(x, "patch_embed.2")
         for stage, depth in enumerate((1, 2)):
             for index in range(depth):
