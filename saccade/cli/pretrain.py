@@ -12,7 +12,8 @@ from saccade.cli.shared import Data, Devices, Json, Nodes, Strategy, Strict, app
 
 @app.command()
 def pretrain(
-    data: Annotated[str, typer.Argument(help="A folder of pictures, a CSV, or the built-in tiles, planted or digits.")],
+    data: Annotated[str, typer.Argument(
+        help="A folder of pictures, scenes or volumes, a CSV, or the built-in tiles, planted or digits.")],
     method: Annotated[
         str, typer.Option(help="How to learn, as in mae, or with options, mae:ratio=0.6,depth=4.")
     ],

@@ -10,6 +10,8 @@ from saccade.core.errors import SaccadeError
 from saccade.core.index import method_with
 
 KIND = "pretraining"
+# What an objective may learn from: pictures (B, C, H, W), {modality: maps} of the same scenes, volumes (B, C, X, Y, Z).
+KINDS = ("pictures", "scenes", "volumes")
 
 
 @runtime_checkable
@@ -20,10 +22,10 @@ class Objective(Protocol):
     Objective`. `objective(images)` takes normalised pictures (B, C, H, W) and gives {"loss": scalar, other named
     scalars...}.
 
-    Optional: the class attribute `views` (where it is above 1, images are (B, views, C, H, W), so many independently
-    augmented crops of each picture), `after_step(share)`, called after each step of the optimizer with the share of
-    training that is done (a teacher that follows the model), and `reconstruct(images) -> (B, C, H, W)`, what a masked
-    method predicts, to look at.
+    Optional: the attribute `takes` (some of KINDS; without it pictures alone), the class attribute `views` (where it is
+    above 1, images are (B, views, C, H, W), so many independently augmented crops of each picture),
+    `after_step(share)`, called after each step of the optimizer with the share of training that is done (a teacher that
+    follows the model), and `reconstruct(images) -> (B, C, H, W)`, what a masked method predicts, to look at.
     """
 
     model: nn.Module

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from saccade.core.errors import SaccadeError
 
 
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, D): model(images) where num_classes is 0, else forward_features; maps and tokens averaged.
+def features(model: nn.Module, images: Any) -> Tensor:
+    """(B, C, *size), or {modality: tensor} -> (B, D): model(images) where num_classes is 0, else forward_features.
 
-    Raises SaccadeError where a model has neither.
+    Maps and tokens are averaged. Raises SaccadeError where a model has neither.
     """
     if getattr(model, "num_classes", None) == 0:
         return pooled(model(images))

@@ -164,7 +164,7 @@ class Task:
     network: nn.Module
     pictures: Pictures
     fingerprint: str
-    loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+    loss: Callable[[nn.Module, Any, Tensor], dict[str, Tensor]]
     measure: Callable[[nn.Module], dict[str, float]]
     after_step: Callable[[float], None] | None = None
     kept: str = ""
@@ -301,13 +301,13 @@ def _epoch(runner: Any, pictures: Pictures, recipe: BaseRecipe, epoch: int) -> D
 
 
 def _gradients(
-    runner: Any, network: nn.Module, task: Task, recipe: BaseRecipe, inputs: Tensor, targets: Tensor
+    runner: Any, network: nn.Module, task: Task, recipe: BaseRecipe, inputs: Any, targets: Tensor
 ) -> dict[str, Tensor]:
     """The named scalars of a batch, its gradient left in the parameters; worked through in parts."""
     totals: dict[str, Tensor] = {}
-    parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+    parts = list(zip(_chunks(inputs, recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
     for number, (some, theirs) in enumerate(parts):
-        share = len(some) / len(inputs)
+        share = len(theirs) / len(targets)
         waits = runner.world_size > 1 and number + 1 < len(parts)
         with runner.no_backward_sync(network, enabled=waits):
             values = task.loss(network, some, theirs)
@@ -315,6 +315,14 @@ def _gradients(
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value.detach() * share
     return totals
+
+
+def _chunks(inputs: Any, count: int) -> list[Any]:
+    """A batch in parts: a tensor, or each of several by its name."""
+    if isinstance(inputs, Tensor):
+        return list(inputs.chunk(count))
+    names, parts = list(inputs), zip(*(tensor.chunk(count) for tensor in inputs.values()), strict=True)
+    return [dict(zip(names, part, strict=True)) for part in parts]
 
 
 def _keep(runner: Any, checkpoint: Path, state: dict[str, Any]) -> None:

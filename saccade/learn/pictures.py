@@ -6,11 +6,11 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from saccade.core.errors import SaccadeError
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 SMALLEST = 2  # pixels a side: below, there is nothing to scale
 THUMB = (9, 8)  # width, height: eight differences a row, eight rows, 64 bits
 NEAR_BITS = 2
@@ -53,29 +55,63 @@ def read_image(source: Path | NDArray[np.uint8]) -> Image.Image:
         with Image.open(source) as image:
             return _as_rgb(image)
     except Exception as error:
-        raise SaccadeError(f"{source}: {_reason(error)}") from error
+        raise SaccadeError(f"{source}: {reason(error)}") from error
 
 
 def check_picture(path: Path) -> Checked:
     """Decodes the whole file once; a broken one is told by `problem`, nothing is raised."""
     try:
-        with path.open("rb") as file:
-            with Image.open(file) as image:
-                if min(image.size) < SMALLEST:
-                    width, height = image.size
-                    return Checked(f"{width}x{height} pixels are too few, {SMALLEST}x{SMALLEST} is the least")
-                turned = image.getexif().get(0x0112, 1) > 4  # a quarter, to one side or the other
-                size = (image.height, image.width) if turned else image.size
-                transparent, deep = image.has_transparency_data, image.mode.startswith("I")
-                image.draft(None, (64, 64))  # a JPEG is decoded to its end, but at a fraction of the cost
-                small = _as_rgb(image).resize(THUMB, Image.Resampling.BILINEAR, reducing_gap=2.0)
-            file.seek(0)
-            checksum, count = 0, 0
-            for block in iter(partial(file.read, 1 << 20), b""):
-                checksum, count = zlib.crc32(block, checksum), count + len(block)
-        return Checked("", f"{count}:{checksum:08x}", np.asarray(small), transparent, deep, size)
+        with Image.open(path) as image:
+            if min(image.size) < SMALLEST:
+                width, height = image.size
+                return Checked(f"{width}x{height} pixels are too few, {SMALLEST}x{SMALLEST} is the least")
+            turned = image.getexif().get(0x0112, 1) > 4  # a quarter, to one side or the other
+            size = (image.height, image.width) if turned else image.size
+            transparent, deep = image.has_transparency_data, image.mode.startswith("I")
+            image.draft(None, (64, 64))  # a JPEG is decoded to its end, but at a fraction of the cost
+            small = _as_rgb(image).resize(THUMB, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        return Checked("", content_of(path), np.asarray(small), transparent, deep, size)
     except Exception as error:  # decoders of broken files raise whatever they like
-        return Checked(_reason(error))
+        return Checked(reason(error))
+
+
+def content_of(path: Path) -> str:
+    """What identifies a file whatever its name and date: byte count and checksum."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return f"{size}:{checksum:08x}"
+
+
+def check_each(
+    where: str, items: Sequence[Item], check: Callable[[Item], Found], strict: bool, notes: list[str]
+) -> tuple[list[Item], list[Found]]:
+    """The items that `check` takes, and what it says of each; a SaccadeError of the others becomes a note.
+
+    Raises:
+        SaccadeError: with `strict`, the first of those; or where it takes none.
+    """
+    def looked_at(item: Item) -> Found | SaccadeError:
+        try:
+            return check(item)
+        except SaccadeError as error:
+            return error
+
+    kept: list[tuple[Item, Found]] = []
+    refused: list[SaccadeError] = []
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for item, found in zip(items, pool.map(looked_at, items), strict=True):
+            if not isinstance(found, SaccadeError):
+                kept.append((item, found))
+            elif strict:
+                raise found
+            else:
+                refused.append(found)
+    if not kept:
+        raise SaccadeError(f"{where}: none of {len(items)} can be used; the first is {refused[0]}")
+    notes += [f"skipped {error}" for error in refused]
+    return [item for item, _ in kept], [found for _, found in kept]
 
 
 def check_pictures(paths: Sequence[Path], names: Sequence[str], *, strict: bool) -> list[Checked]:
@@ -145,7 +181,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a file cannot be used, in words."""
     if isinstance(error, SaccadeError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):

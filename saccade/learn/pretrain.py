@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
@@ -18,8 +19,9 @@ from saccade.learn.average import follow
 from saccade.learn.data import Split
 from saccade.learn.features import features, spread
 from saccade.learn.loop import Machines, Outcome, Progress, SquaresRecipe, Task, run
-from saccade.learn.transforms import Squares, normalise
+from saccade.learn.transforms import Items, Squares
 
+utilities = optional("lightning.fabric.utilities", extra="train")
 v2 = optional("torchvision.transforms.v2", extra="train")
 
 WATCHED = 256  # pictures whose features are measured after each epoch
@@ -41,9 +43,38 @@ class Recipe(SquaresRecipe):
             raise SaccadeError(f"smallest_crop is {self.smallest_crop}: it must be above 0 and at most 1")
 
 
+class Source(Protocol):
+    """What can be learned from without labels."""
+
+    def first(self, count: int) -> Source:
+        """Up to `count` of them."""
+        ...
+
+    def items(self, recipe: Recipe, views: int) -> Items:
+        """So many augmented views of each; 0: each as it is."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """The pictures of a split, its labels left aside."""
+
+    split: Split
+
+    def first(self, count: int) -> Unlabelled:
+        split = self.split
+        return Unlabelled(Split(split.sources[:count], split.labels[:count], split.paths[:count]))
+
+    def items(self, recipe: Recipe, views: int) -> Items:
+        if not views:
+            return Squares(self.split, recipe.img_size)
+        augment = views_transform(recipe.img_size, views, recipe)
+        return Squares(self.split, recipe.img_size, augment, side=recipe.img_size * 3 // 2)
+
+
 def fit(
     make_objective: Callable[[], nn.Module],
-    pictures: Split,
+    pictures: Split | Source,
     fingerprint: str,
     recipe: Recipe,
     folder: Path,
@@ -51,36 +82,37 @@ def fit(
     machines: Machines | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
-    """Train the model of `make_objective()` on pictures; go on where an earlier call was stopped.
+    """Train the model of `make_objective()` on what it takes; go on where an earlier call was stopped.
 
     The folder receives what `train.fit` leaves, weights.safetensors being those of `objective.model` alone. The curves
     tell each scalar of the objective and, of the first pictures, `feature_std` and `effective_rank`: where they fall
     towards 0 and 1 the features collapse. Raises SaccadeError where the loss is not finite, or where the folder holds
     another run.
     """
-    measured = Split(pictures.sources[:WATCHED], pictures.labels[:WATCHED], pictures.paths[:WATCHED])
+    source = Unlabelled(pictures) if isinstance(pictures, Split) else pictures
+    measured = source.first(WATCHED).items(recipe, 0)
 
-    def loss(network: nn.Module, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = network(normalise(pixels, recipe.mean, recipe.std))
+    def loss(network: nn.Module, batch: Any, labels: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = network(measured.normalised(batch, recipe.mean, recipe.std))
         return found
 
     def measure(network: nn.Module) -> dict[str, float]:
         device, found = next(network.parameters()).device, []
         with torch.no_grad():
-            for pixels, _ in Squares(measured, recipe.img_size).loader(recipe.batch_size):
-                images = normalise(pixels.to(device), recipe.mean, recipe.std)
-                found.append(network(images, features_only=True).float().cpu())
+            for batch, _ in measured.loader(recipe.batch_size):
+                inputs = utilities.move_data_to_device(batch, device)
+                inputs = measured.normalised(inputs, recipe.mean, recipe.std)
+                found.append(network(inputs, features_only=True).float().cpu())
         return spread(torch.cat(found))
 
     def make() -> Task:
         objective = make_objective()
         if not isinstance(objective, Objective):
             raise SaccadeError(f"{type(objective).__name__} has no `model`: an objective keeps what it trains there")
-        augment = views_transform(recipe.img_size, getattr(objective, "views", 1), recipe)
-        squares = Squares(pictures, recipe.img_size, augment, side=recipe.img_size * 3 // 2)
+        items = source.items(recipe, getattr(objective, "views", 1))
         network = _Network(objective, recipe.average)
         kept = "average" if recipe.average else "objective.model"
-        return Task(network, squares, fingerprint, loss, measure, network.after_step, kept)
+        return Task(network, items, fingerprint, loss, measure, network.after_step, kept)
 
     return run(make, recipe, folder, machines or Machines(), progress)
 
@@ -97,6 +129,15 @@ def views_transform(img_size: int, views: int, recipe: Recipe) -> Callable[[Tens
         steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
     one = v2.Compose(steps)
     return one if views == 1 else lambda pixels: torch.stack([one(pixels) for _ in range(views)])
+
+
+def try_once(objective: Any, source: Source, recipe: Recipe) -> None:
+    """One loss of two items, nothing kept: raises what the objective says of their kind or size."""
+    items = source.first(1).items(recipe, getattr(objective, "views", 1))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        items.begin(0, recipe.seed)
+        pair = default_collate([items[0][0]] * 2)
+        objective(items.normalised(pair, recipe.mean, recipe.std))
 
 
 class _Network(nn.Module):
@@ -122,10 +163,10 @@ class _Network(nn.Module):
         return {f"{place}.{name}" for place, owner in owners.items() if hasattr(owner, "no_weight_decay")
                 for name in owner.no_weight_decay()}  # type: ignore[operator]
 
-    def forward(self, images: Tensor, features_only: bool = False) -> Any:
+    def forward(self, inputs: Any, features_only: bool = False) -> Any:
         if not features_only:
-            return self.objective(images)
-        return features(self.model if self.average is None else self.average, images)
+            return self.objective(inputs)
+        return features(self.model if self.average is None else self.average, inputs)
 
     @torch.no_grad()
     def after_step(self, share: float) -> None:

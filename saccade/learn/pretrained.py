@@ -25,13 +25,16 @@ from saccade.core.index import resolve_model
 from saccade.core.origin import Origin
 from saccade.core.pretraining import pretraining
 from saccade.learn import train
-from saccade.learn.data import ImageSet, open_images, open_pictures
+from saccade.learn.builtin import BUILTIN
+from saccade.learn.data import SUFFIXES, ImageSet, open_images, open_pictures
 from saccade.learn.loop import Machines, Outcome, Progress, first_process
-from saccade.learn.pretrain import Recipe, fit
+from saccade.learn.pretrain import Recipe, Unlabelled, fit, try_once
 from saccade.learn.probe import extract, probe
 from saccade.learn.runs import PRETRAINING as CARD
 from saccade.learn.runs import weights_file, writable
+from saccade.learn.scenes import Scenes, modality_folders, open_scenes
 from saccade.learn.score import metrics
+from saccade.learn.volumes import Volumes, open_volumes, volume_files
 from saccade.papers.efficient_probing import POOLINGS, Probe
 
 
@@ -62,21 +65,55 @@ def pretrain(
     machines: Machines | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Outcome, list[str]]:
-    """Train a registered model on pictures by a method; the same call resumes. Returns also notes on the pictures."""
+    """Train a registered model by a method on a folder that it takes; the same call resumes.
+
+    Returns also notes on what was read.
+    """
+    build: dict[str, Any] = {"num_classes": 0, "img_size": recipe.img_size}
 
     def make() -> nn.Module:
-        model = create_model(name, num_classes=0, img_size=recipe.img_size)
-        return pretraining(model, method, **options or {})
+        return pretraining(create_model(name, **build), method, **options or {})
 
-    make()  # a wrong name or a model that does not fit is told before anything is read or written
-    images = open_pictures(data, strict=strict)
-    found = fit(make, images.train, images.fingerprint, recipe, writable(out), machines=machines, progress=progress)
+    takes = getattr(make(), "takes", ("pictures",))  # a wrong name or host is told before anything is read
+    source = open_source(data, method, takes, strict)
+    if isinstance(source, Scenes):
+        build["modalities"] = source.modalities
+    learned = Unlabelled(source.train) if isinstance(source, ImageSet) else source
+    try_once(make(), learned, recipe)  # sizes that do not fit, before anything is written
+    found = fit(make, learned, source.fingerprint, recipe, writable(out), machines=machines, progress=progress)
     if first_process():
         card = {"model": resolve_model(name), "method": method, "options": options or {}, "img_size": recipe.img_size,
-                "mean": recipe.mean, "std": recipe.std, "data": images.name,
-                "origin": vars(Origin(f"pre-training by {method}, from random weights", images.name))}
+                "mean": recipe.mean, "std": recipe.std, "data": source.name,
+                "origin": vars(Origin(f"pre-training by {method}, from random weights", source.name))}
         write_whole(out / CARD, json.dumps(card, indent=1, ensure_ascii=False))
-    return found, images.notes
+    return found, source.notes
+
+
+def open_source(data: str, method: str, takes: Sequence[str], strict: bool = False) -> ImageSet | Scenes | Volumes:
+    """What DATA holds, of the kinds that a method takes: scenes of several modalities, volumes, else pictures.
+
+    Raises SaccadeError where it holds another kind, or two kinds.
+    """
+    folder = Path(data).expanduser()
+    if data in BUILTIN or not folder.is_dir():
+        kind = "pictures"
+    elif "scenes" in takes and modality_folders(folder):
+        kind = "scenes"
+    else:
+        pictures = any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+        volumes = [] if pictures and "volumes" not in takes else volume_files(folder)
+        if pictures and volumes and "volumes" in takes:
+            raise SaccadeError(f"{folder}: pictures and volumes ({volumes[0].name}); give a folder of either")
+        kind = "volumes" if volumes and not pictures else "pictures"
+        if kind == "volumes" and kind not in takes:
+            raise SaccadeError(f"{volumes[0]}: a volume, and {method} learns this model from {' or '.join(takes)}; "
+                               "uni4eye with uni4eye_vit_base_patch16 takes volumes")
+    if kind not in takes:
+        raise SaccadeError(f"{data}: pictures, and {method} learns this model from {' or '.join(takes)}; give NIfTI or "
+                           ".npy files of volumes, or another model")
+    openers: dict[str, Any] = {"pictures": open_pictures, "scenes": open_scenes, "volumes": open_volumes}
+    opened: ImageSet | Scenes | Volumes = openers[kind](data, strict=strict)
+    return opened
 
 
 def open_pretrained(place: Path, name: str | None = None, img_size: int = 32) -> Pretrained:

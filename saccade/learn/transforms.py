@@ -21,7 +21,7 @@ v2 = optional("torchvision.transforms.v2", extra="train")
 
 CACHE_BYTES = 512 * 2**20  # a split whose squares take less is decoded once and kept
 WORKERS = 2  # processes that decode a split which is not kept
-_decoded: WeakKeyDictionary[Split, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
+_opened: WeakKeyDictionary[Any, dict[Any, list[Any]]] = WeakKeyDictionary()
 
 
 def evaluation_transform(img_size: int) -> Any:
@@ -44,8 +44,69 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return normalised
 
 
-class Squares(Dataset[tuple[Tensor, int]]):
-    """A split as ((3, S, S) uint8, label); seeds[i] decides how picture i is augmented, not who asks, nor when.
+class Items(Dataset[tuple[Any, int]]):
+    """What is learned from, as (item, label); seeds[i] decides how item i is augmented, not who asks, nor when.
+
+    A kind says how item i is opened, and what becomes of a batch of them.
+    """
+
+    kept: list[Any] | None = None  # all items, opened, where memory holds them
+    augment: Callable[[Any], Any] | None = None
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.seeds: list[int] = []
+
+    def open(self, i: int) -> Any:
+        """Item i as it is before augmentation."""
+        raise NotImplementedError
+
+    def label(self, i: int) -> int:
+        return 0
+
+    def normalised(self, batch: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+        """A batch of items as a model takes it."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        item = self.open(i) if self.kept is None else self.kept[i]
+        if self.augment is not None:
+            generator = torch.default_generator  # the only source that torchvision draws from
+            state = generator.get_state()
+            generator.manual_seed(self.seeds[i])
+            item = self.augment(item)
+            generator.set_state(state)
+        return item, self.label(i)
+
+    def begin(self, epoch: int, seed: int) -> None:
+        """Draw every item's seed anew."""
+        generator = torch.Generator().manual_seed(seed)
+        self.seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+
+    def keep(self, source: Any, how: Any, size: int) -> None:
+        """Open all now, several at a time, where items of `size` bytes fit into CACHE_BYTES.
+
+        Done once a process and `source`, for all who open it in the same way, `how`.
+        """
+        if len(self) * size > CACHE_BYTES:
+            return
+        kept = _opened.setdefault(source, {})
+        if how not in kept:
+            with ThreadPoolExecutor() as pool:  # Pillow decodes and scales outside Python's lock
+                kept[how] = list(pool.map(self.open, range(len(self))))
+        self.kept = kept[how]
+
+    def loader(self, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Any]:
+        """Batches (items, labels): all in order, or whole ones only in the sampler's order."""
+        workers = WORKERS if self.kept is None else 0
+        return DataLoader(self, batch_size, sampler=sampler, drop_last=sampler is not None, num_workers=workers)
+
+
+class Squares(Items):
+    """A split as ((3, S, S) uint8, label).
 
     Squares of a split that fit into CACHE_BYTES are decoded once a process and shared by all runs on that split. Those
     to be augmented have a margin, reflected, for the crop that shifts them; or `augment` gets squares of `side` pixels.
@@ -54,46 +115,23 @@ class Squares(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, split: Split, img_size: int, augment: Callable[[Tensor], Tensor] | None = None, side: int | None = None
     ) -> None:
+        super().__init__(len(split))
         self.split = split
         margin = img_size // 8 if augment and side is None else 0
         opened = side or img_size
         self.decode = v2.Compose([evaluation_transform(opened), v2.Pad(margin, padding_mode="reflect")])
         self.augment = augment
-        self.seeds: list[int] = []
-        self.kept: Tensor | None = None
-        if len(split) * 3 * (opened + 2 * margin) ** 2 <= CACHE_BYTES:
-            kept = _decoded.setdefault(split, {})
-            if (opened, margin) not in kept:
-                with ThreadPoolExecutor() as pool:  # Pillow decodes and scales outside Python's lock
-                    kept[opened, margin] = torch.stack(list(pool.map(self._open, range(len(split)))))
-            self.kept = kept[opened, margin]
+        self.keep(split, (opened, margin), 3 * (opened + 2 * margin) ** 2)
 
-    def _open(self, i: int) -> Tensor:
+    def open(self, i: int) -> Tensor:
         pixels: Tensor = self.decode(self.split[i][0])
         return pixels
 
-    def __len__(self) -> int:
-        return len(self.split)
+    def label(self, i: int) -> int:
+        return self.split.labels[i]
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        pixels = self._open(i) if self.kept is None else self.kept[i]
-        if self.augment is not None:
-            generator = torch.default_generator  # the only source that torchvision draws from
-            state = generator.get_state()
-            generator.manual_seed(self.seeds[i])
-            pixels = self.augment(pixels)
-            generator.set_state(state)
-        return pixels, self.split.labels[i]
-
-    def begin(self, epoch: int, seed: int) -> None:
-        """Draw every picture's seed anew."""
-        generator = torch.Generator().manual_seed(seed)
-        self.seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
-
-    def loader(self, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Any]:
-        """Batches ((B, 3, S, S) uint8, (B,)): all in order, or whole ones only in the sampler's order."""
-        workers = WORKERS if self.kept is None else 0
-        return DataLoader(self, batch_size, sampler=sampler, drop_last=sampler is not None, num_workers=workers)
+    def normalised(self, batch: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        return normalise(batch, mean, std)
 
 
 def some(split: Split, number: int, img_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -54,6 +54,7 @@ CARD = Card(
     tests=("tests/papers/test_multimae.py",),
 )
 
+MODALITIES = ("rgb", "depth", "semseg")
 CLASSES = 133  # of the semantic maps, COCO's
 SHRINK = 4  # semantic maps have a quarter of the picture's sides
 Inputs = Mapping[str, Tensor]
@@ -83,13 +84,12 @@ class MultiViT(Plain):
     """
 
     def __init__(self, *args: Any, modalities: Sequence[str] = ("rgb",), patch: int = 16, **options: Any) -> None:
+        if set(modalities) - set(MODALITIES) or not modalities:
+            raise SaccadeError(f"modalities={modalities!r}: choose some of {', '.join(MODALITIES)}")
+        self.modalities = tuple(modalities)
         super().__init__(*args, patch=patch, global_pool=options.pop("global_pool", "avg"), **options)
         dim, chans = self.num_features, {"rgb": self.in_chans, "depth": 1}
-        unknown = set(modalities) - {"rgb", "depth", "semseg"}
-        if unknown or not modalities:
-            raise SaccadeError(f"modalities={modalities!r}: choose some of rgb, depth, semseg")
         self.patch = patch
-        self.modalities = tuple(modalities)
         self.stem: Any = nn.ModuleDict({
             name: SemanticEmbed(dim, patch) if name == "semseg" else PatchEmbed(2, chans[name], dim, stride=patch)
             for name in modalities})
@@ -105,7 +105,8 @@ class MultiViT(Plain):
         self.pool = None
         self.head_norm = LAYER_NORM(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.removed = () if num_classes else ("head",)
+        absent = tuple(f"stem.{name}" for name in MODALITIES if name not in self.modalities)
+        self.removed = absent if num_classes else ("head", *absent)
 
     def embedded(self, inputs: Tensor | Inputs) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """The tokens (B, N, C) of each modality that is given, with their positions, and their grid."""
@@ -198,6 +199,8 @@ class MultiMAE(nn.Module):
     `model` is a MultiViT; the share `ratio` of all patches of all modalities is hidden. Each decoder has `depth` blocks
     of `dim` channels after its look. `alpha` of the Dirichlet distribution: large ones share evenly.
     """
+
+    takes = ("pictures", "scenes")
 
     def __init__(
         self, model: nn.Module, ratio: float = 5 / 6, dim: int = 256, depth: int = 2, heads: int = 8, alpha: float = 1.0

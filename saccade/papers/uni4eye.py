@@ -114,6 +114,7 @@ class Uni4Eye(nn.Module):
         self.visible = Visible(model, "uni4eye")
         self.patch, chans = self.visible.patch, self.visible.in_chans
         ranks = (2, 3) if isinstance(model, UnifiedTransformer) else (len(getattr(model, "grid", (0, 0))),)
+        self.takes = tuple({2: "pictures", 3: "volumes"}[rank] for rank in ranks)
         self.decoders = nn.ModuleDict({
             what: PatchDecoder(self.visible.dim, dim, depth, heads) for what in ("image", "edges")})
         self.pixels = nn.ModuleDict({
