@@ -53,6 +53,26 @@ def test_batch_norm_counts_visible_places_alone():
     torch.testing.assert_close(stem[1].running_var, 0.9 + 0.1 * rows.var(0))
 
 
+@pytest.mark.parametrize("name", ["convnext_nano", "resnet_nano"])
+def test_picked_places_give_the_same(name, monkeypatch):
+    """Layers of one place on the visible places alone, of the host as of all of them."""
+    torch.manual_seed(0)
+    method = SparK(create_model(name), width=32).train()
+    image = torch.randn(2, 3, 32, 32)
+    active = method.draw(image)
+    found = {}
+    for wide in (1, 10**9):
+        monkeypatch.setattr("saccade.papers.spark.WIDE", wide)
+        maps = method.maps(image, active)
+        method.zero_grad()
+        sum(one.square().mean() for one in maps).backward()
+        found[wide] = maps, [p.grad.clone() for p in method.model.parameters() if p.grad is not None]
+    for one, other in zip(found[1], found[10**9], strict=True):
+        assert len(one) == len(other) > 1
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_timms_hosts():
     timm = pytest.importorskip("timm")
     for name in ("resnet18", "convnext_atto"):
