@@ -109,8 +109,8 @@ def _registered(name: str, checkpoint: Path | None, pretrained: bool) -> Classif
     """What others published wants pictures as its card says; weights under our names, as `saccade train` shows them."""
     model = create_model(name, checkpoint_path=checkpoint, pretrained=pretrained, **_classes_in(name, checkpoint))
     name, notes = resolve_model(name), _notes(checkpoint, pretrained)
-    foreign = model.load_report is not None and model.load_report.format != "saccade"
-    if foreign and name in list_weights() and isinstance(published(name).img_size, int):
+    layout = getattr(getattr(model, "load_report", None), "format", "saccade")  # random weights have no report
+    if layout != "saccade" and name in list_weights() and isinstance(published(name).img_size, int):
         weights = published(name)
         return Classifier(model, name, picture_transform(weights), weights.mean, weights.std, notes=notes)
     squares = evaluation_transform(native_size(name))
