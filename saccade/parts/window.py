@@ -141,7 +141,7 @@ def attend_windows(
     whole = free or torch.is_grad_enabled() or recording() or torch.compiler.is_compiling()
     some = LAID // (q.shape[1] * q.shape[2] ** 2) or 1
     if whole or len(q) <= some:
-        return attend(q, k, v, masked(bias, mask, len(q)), where=where)
+        return attend(q, k, v, masked(bias, mask, q.shape[0]), where=where)  # len() would fix a size left open
     images = zip(*(x.split(len(mask)) for x in (q, k, v)), strict=True)
     parts = [part for image in images for part in zip(*(x.split(some) for x in (*image, mask)), strict=True)]
     out = [attend(q, k, v, masked(bias, mask, len(q))).transpose(1, 2) for q, k, v, mask in parts]

@@ -137,8 +137,8 @@ def test_exported_once_runs_at_four_sizes(name):
     model = build(name)
     program = export(model, (40, 56))
     with torch.no_grad():
-        for size in [(40, 56), (32, 32), (64, 48), (51, 37)]:
-            image = torch.randn(2, 3, *size)
+        for batch, size in [(2, (40, 56)), (3, (32, 32)), (4, (64, 48)), (2, (51, 37))]:
+            image = torch.randn(batch, 3, *size)
             torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
 
 
