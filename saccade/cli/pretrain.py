@@ -36,7 +36,7 @@ def pretrain(
     from saccade.core.apply import parse_method
     from saccade.core.pretraining import KIND
     from saccade.learn import pretrained
-    from saccade.learn.loop import Machines, Progress, first_process
+    from saccade.learn.loop import Machines, first_process
     from saccade.learn.pretrain import Recipe
     from saccade.tools.watch import Watch
 
@@ -45,9 +45,7 @@ def pretrain(
     recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, img_size=img_size, seed=seed,
                     accumulate=accumulate, average=average, precision=precision, flip=data != "digits")
     machines = Machines(devices, nodes, strategy)
-    with watch.bar(f"pre-training {model}", epochs) as bar:
-        def show(now: Progress) -> None:
-            bar.at(now.epoch - 1 + now.step / now.steps, f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
+    with watch.epochs("pre-training", model, epochs) as show:
         found, notes = pretrained.pretrain(data, model, name, out, recipe, options=options, strict=strict,
                                            machines=machines, progress=show)
     if not first_process():

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from saccade.cli.shared import Devices, Nodes, Strategy, Strict, app, listed
 from saccade.core.errors import SaccadeError
-
-if TYPE_CHECKING:
-    from saccade.learn.loop import Progress
 
 CLASSIFIERS, RESTORERS = "Options of classifiers", "Options of networks that restore"
 
@@ -79,17 +74,11 @@ def train(
     common |= {name: value for name, value in (("epochs", epochs), ("batch_size", batch_size)) if value is not None}
     shared: dict[str, Any] = dict(checkpoint=checkpoint, strict=strict, machines=Machines(devices, nodes, strategy))
 
-    @contextmanager
-    def progress(total: int) -> Iterator[Callable[[Progress], None]]:
-        with watch.bar(f"training {model}", total) as bar:
-            yield lambda now: bar.at(now.epoch - 1 + now.step / now.steps,
-                                     f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
-
     if restores:
         if degraded is not None and degradation:
             raise SaccadeError(f"--degradation {degradation} and --degraded {degraded}: give one of the two")
         patches = restorers.Recipe(steps=steps, patches=_sides(patch), losses=_losses(loss), average=average, **common)
-        with progress(patches.epochs) as show:
+        with watch.epochs("training", model, patches.epochs) as show:
             found = restoration.train(Path(data), model, out, patches, how=degraded or degradation, progress=show,
                                       **shared)
         notes, before, after = found["data"]["notes"], found["before"], found["after"]
@@ -98,7 +87,7 @@ def train(
                    f"{before['ssim_y']:.4f}")
     else:
         squares = Recipe(img_size=img_size, drop_path_rate=drop_path_rate, **common)
-        with progress(squares.epochs) as show:
+        with watch.epochs("training", model, squares.epochs) as show:
             trained = runs.train(data, model, out, squares, progress=show, **shared)
         notes = trained.images.notes
         val, test = (trained.metrics[part]["accuracy"] for part in ("val", "test"))

@@ -102,7 +102,7 @@ def open_source(data: str, method: str, takes: Sequence[str], strict: bool = Fal
     else:
         pictures = any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
         volumes = [] if pictures and "volumes" not in takes else volume_files(folder)
-        if pictures and volumes and "volumes" in takes:
+        if pictures and volumes:
             raise SaccadeError(f"{folder}: pictures and volumes ({volumes[0].name}); give a folder of either")
         kind = "volumes" if volumes and not pictures else "pictures"
         if kind == "volumes" and kind not in takes:

@@ -46,6 +46,15 @@ def _as_wide(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float 
     return attend(q, k, v, bias, scale=scale)[..., :width]
 
 
+def in_parts(*sizes: int) -> bool:
+    """Whether work of these sizes may be cut in parts that suit the cache: nothing watches, compiles or differentiates.
+
+    Sizes that an export leaves open cannot choose.
+    """
+    known = all(isinstance(size, int) for size in sizes)
+    return known and not (torch.is_grad_enabled() or recording() or torch.compiler.is_compiling())
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, copied where rows begin off the multiples of 16 bytes: the fused kernels of GPUs do not read those."""
     steps = (x.storage_offset(), *x.stride()[:-1])

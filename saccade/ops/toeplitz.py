@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.core.record import Where, recording
-from saccade.ops.attend import attend
+from saccade.core.record import Where
+from saccade.ops.attend import attend, in_parts
 from saccade.ops.spectral import convolve_last
 from saccade.ops.tables import table
 
@@ -28,17 +28,11 @@ def attend_at_offsets(
     q, k, v (B, h, N, d), offsets (h, *(2 side - 1)). Evaluated for some queries at a time, so that the N x N bias is
     never held.
     """
-    if not in_parts(q, grid):
+    if not in_parts(*q.shape, *grid):
         return attend(q, k, v, toeplitz(offsets, grid), where=where, scale=scale)
     pieces = [attend(q[:, :, queries], k, v, toeplitz(offsets[:, part], grid), scale=scale)
               for queries, part in by_queries(grid, q.shape[1])]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
-
-
-def in_parts(q: Tensor, grid: tuple[int, ...]) -> bool:
-    """Whether queries may be taken some at a time: sizes are known, and nothing watches, compiles or differentiates."""
-    known = all(isinstance(side, int) for side in (*q.shape, *grid))  # sizes that export leaves open cannot choose
-    return known and not (torch.is_grad_enabled() or recording() or torch.compiler.is_compiling())
 
 
 @table

@@ -26,9 +26,9 @@ from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.attend import affinity
+from saccade.ops.attend import affinity, in_parts
 from saccade.ops.tables import table
-from saccade.ops.toeplitz import at_offsets, by_queries, in_parts, toeplitz
+from saccade.ops.toeplitz import at_offsets, by_queries, toeplitz
 from saccade.parts.attention import check_heads
 from saccade.parts.mlp import Mlp
 from saccade.parts.tokens import global_tokens
@@ -113,7 +113,7 @@ class UniversalAttention(nn.Module):
         """(B, *grid, C) -> the same; bias and factor (heads, *(2 side - 1)), valid (B, *grid) where tokens are."""
         grid = tuple(x.shape[1:-1])
         q, k, v = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if valid is not None or not in_parts(q, grid):
+        if valid is not None or not in_parts(*q.shape, *grid):
             inside, after = toeplitz(bias, grid), toeplitz(factor, grid)
             if valid is not None:
                 keep = valid.flatten(1)[:, None, None]

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.record import Where, recording
+from saccade.core.record import Where
 from saccade.core.site import Site
-from saccade.ops.attend import attend
+from saccade.ops.attend import attend, in_parts
 from saccade.ops.tables import table
 from saccade.ops.window import (
     crop,
@@ -137,10 +137,8 @@ def attend_windows(
     if mask is None:
         return attend(q, k, v, bias, where=where)
     mask = mask.to(q.dtype)
-    free = not all(isinstance(side, int) for side in q.shape)
-    whole = free or torch.is_grad_enabled() or recording() or torch.compiler.is_compiling()
     some = LAID // (q.shape[1] * q.shape[2] ** 2) or 1
-    if whole or len(q) <= some:
+    if not in_parts(*q.shape) or len(q) <= some:
         return attend(q, k, v, masked(bias, mask, q.shape[0]), where=where)  # len() would fix a size left open
     images = zip(*(x.split(len(mask)) for x in (q, k, v)), strict=True)
     parts = [part for image in images for part in zip(*(x.split(some) for x in (*image, mask)), strict=True)]

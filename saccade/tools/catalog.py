@@ -18,8 +18,8 @@ from typing import Any
 from saccade.core.card import Card
 from saccade.papers.survey_applications import TASKS
 from saccade.tools import errata
+from saccade.tools.pages import ROOT, paper_link
 
-ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = "tests/contracts/exceptions.toml"
 CODE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\w+))?( \(.*\))?")  # how a card names a repository
 
@@ -95,7 +95,7 @@ def systems_page() -> str:
         "| system | title | kinds | status | file |", "|---|---|---|---|---|",
     ]
     for row in rows:
-        files = ", ".join(f"[{paper}](../saccade/papers/{paper}.py)" for paper in row["papers"])
+        files = ", ".join(map(paper_link, row["papers"]))
         lines.append(f"| {row['slug']} | {row['title']} | {', '.join(row['kinds'])} | {row['status']} | {files} |")
     return "\n".join(lines) + "\n"
 
@@ -112,7 +112,7 @@ def tasks_page() -> str:
     ]
     for kind, task in TASKS.items():
         serving = [row for row in rows if kind in row["kinds"]]
-        here = ", ".join(f"[{row['slug']}](../saccade/papers/{row['papers'][0]}.py)"
+        here = ", ".join(paper_link(row["papers"][0], row["slug"])
                          for row in serving if row["papers"])
         planned = ", ".join(row["slug"] for row in serving if not row["papers"])
         lines.append(f"| {task.domain} | {task.name} | {task.start} | {here} | {planned} |")

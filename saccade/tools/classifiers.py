@@ -54,13 +54,17 @@ class Classifier:
 
     def pixels(self, image: Tensor) -> Tensor:
         """What the model saw, (B, 3, H, W) normalised, in [0, 1]."""
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = self._scale()
         return (image * std + mean).clamp(0, 1)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """The inverse of `pixels`."""
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = self._scale()
         return (pixels - mean) / std
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        return mean, std
 
     def class_name(self, number: int) -> str:
         return self.classes[number] if self.classes and number < len(self.classes) else f"class {number}"

@@ -5,12 +5,11 @@ docs/errata.toml holds it; docs/errata.md and what `saccade info` says of a pape
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from saccade.core.card import Card
+from saccade.tools.pages import ROOT, paper_link
 
-ROOT = Path(__file__).resolve().parents[2]
 LEDGER = "docs/errata.toml"
 
 Quirk = dict[str, Any]
@@ -40,7 +39,7 @@ def page(known: dict[str, Card]) -> str:
         "thing, on the golden's random weights ([the test](../tests/tools/test_errata.py)). Released weights were",
         "trained with the quirk.", "",
         "| system | the code does | change | golden |", "|---|---|--:|---|",
-        *(f"| {_link(one['paper'])} | {one['does']} | {one['effect']:.2g} | {_named(one['goldens'])[0]} |"
+        *(f"| {paper_link(one['paper'])} | {one['does']} | {one['effect']:.2g} | {_named(one['goldens'])[0]} |"
           for one in measured),
         "", "## All", "",
         "| system | the paper says | the code does | effect | where |", "|---|---|---|---|---|",
@@ -49,12 +48,8 @@ def page(known: dict[str, Card]) -> str:
         card, effect = known[one["paper"]], one.get("effect", "not measured")
         effect = f"{effect:.2g} standard deviations" if isinstance(effect, float) else effect
         where = ", ".join([*([card.code.split()[0]] if card.code else []), *_named(one.get("goldens", []))])
-        lines.append(f"| {_link(one['paper'])} | {one.get('says', '')} | {one['does']} | {effect} | {where} |")
+        lines.append(f"| {paper_link(one['paper'])} | {one.get('says', '')} | {one['does']} | {effect} | {where} |")
     return "\n".join(lines) + "\n"
-
-
-def _link(paper: str) -> str:
-    return f"[{paper}](../saccade/papers/{paper}.py)"
 
 
 def _named(goldens: list[str]) -> list[str]:

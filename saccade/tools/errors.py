@@ -10,16 +10,15 @@ import sys
 from dataclasses import dataclass
 from html import escape
 from importlib import import_module
-from pathlib import Path
 from statistics import median
 
 from saccade.core.files import write_whole
 from saccade.core.index import index
 from saccade.golden import read_golden
+from saccade.tools.pages import DOCS, ROOT, paper_link
 from saccade.tools.port import errors
 from saccade.tools.verify import verify
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMED = 3  # models with the largest errors, named in the picture where names have room
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 860, 380, 62, 30, 16, 44
@@ -84,8 +83,7 @@ def page(rows: list[Worst]) -> str:
         "| golden | system | worst error | of | tolerance |", "|---|---|--:|---|--:|",
     ]
     for row in sorted(rows, key=lambda row: -row.error):
-        paper = f"[{row.paper}](../saccade/papers/{row.paper}.py)"
-        lines.append(f"| {row.golden} | {paper} | {row.error:.1e} | {row.what} | {row.tolerance:g} |")
+        lines.append(f"| {row.golden} | {paper_link(row.paper)} | {row.error:.1e} | {row.what} | {row.tolerance:g} |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,8 +142,8 @@ def main() -> int:
     for number, (name, paper) in enumerate(claimed.items(), 1):
         print(f"{number} of {len(claimed)}: {name}", file=sys.stderr)
         rows.append(measure(name, paper))
-    write_whole(ROOT / "docs" / "errors.md", page(rows))
-    write_whole(ROOT / "docs" / "errors.svg", picture(rows))
+    write_whole(DOCS / "errors.md", page(rows))
+    write_whole(DOCS / "errors.svg", picture(rows))
     return int(any(row.error > row.tolerance for row in rows))
 
 

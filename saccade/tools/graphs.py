@@ -18,10 +18,9 @@ from saccade.learn.transforms import Squares, normalise, some
 from saccade.tools.contestants import reason
 from saccade.tools.export import export_square, has_onnx, open_session, quantize
 from saccade.tools.measure import INT8, ONNX, conditions
+from saccade.tools.ship import PICTURES
 from saccade.tools.standings import Standing
 from saccade.tools.trials import Arena, final_model
-
-PICTURES = 64  # of the test part, to check a graph with, and of the training part, which tell int8 the ranges
 
 
 @dataclass(frozen=True)

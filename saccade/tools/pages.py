@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout
+DOCS = ROOT / "docs"
 Rows = Mapping[str, Mapping[str, str]]
 
 
@@ -17,6 +18,11 @@ def page(title: str, text: str, columns: Sequence[str], rows: Rows) -> str:
         marks = [f"[{long.index(cells[column]) + 1}]" if cells[column] in long else cells[column] for column in columns]
         lines.append(f"| {row} | {' | '.join(marks)} |")
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(long, 1))]).rstrip() + "\n"
+
+
+def paper_link(paper: str, words: str | None = None) -> str:
+    """A paper's file, as a page of docs/ links it."""
+    return f"[{words or paper}](../saccade/papers/{paper}.py)"
 
 
 def recorded_in(path: Path) -> dict[str, dict[str, str]]:

@@ -95,14 +95,16 @@ def ship(product: Product, folder: Path, test: Split, graph: Path | None = None)
     found: list[Shipped] = []
 
     def fill(part: Path) -> None:
-        parity, missing = None, HINT
+        parity: Parity | None = None
+        missing = HINT
         if has_onnx():
             try:
                 if graph is None:
-                    export_square(model, part / "model.onnx", seen)
+                    parity = export_square(model, part / "model.onnx", seen)
                 else:
                     shutil.copyfile(graph, part / "model.onnx")
-                parity, missing = checked(model, part / "model.onnx", seen), ""
+                    parity = checked(model, part / "model.onnx", seen)
+                missing = ""
             except Exception as error:  # exporters raise whatever they like
                 (part / "model.onnx").unlink(missing_ok=True)
                 missing = f"model.onnx and predict.py are missing: {reason(error)}"

@@ -20,7 +20,7 @@ from saccade.core.build import create_mixer
 from saccade.core.files import write_whole
 from saccade.core.index import index, list_mixers, mixer_paper
 from saccade.core.site import Site
-from saccade.tools.pages import DOCS
+from saccade.tools.pages import DOCS, paper_link
 
 PAGE = DOCS / "mixers.md"
 SIDES = (256, 512)  # between which the growth is taken: beyond windows, kernels and what is constant
@@ -102,7 +102,7 @@ def page() -> str:
     for name in list_mixers():
         paper, mixer = mixer_paper(name), create_mixer(name, Site(DIM, HEADS, grid=(8, 8)))
         template: Any = type(mixer).template  # type: ignore[attr-defined]
-        source = f"[{paper}](../saccade/papers/{paper}.py), {papers[paper]['year']}"
+        source = f"{paper_link(paper)}, {papers[paper]['year']}"
         content = "yes" if depends_on_content(name) else "no"
         cells = [name, source, *template, f"{growth(name):.2f}", content, reach_of(name)]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from saccade.learn.loop import Progress as Step
 
 
 class Watch:
@@ -34,6 +38,13 @@ class Watch:
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as progress:
             yield Bar(progress, progress.add_task(text, total=total))
+
+    @contextmanager
+    def epochs(self, doing: str, model: str, total: int) -> Iterator[Callable[[Step], None]]:
+        """A bar over the epochs of a training, and what is to be called after each step."""
+        with self.bar(f"{doing} {model}", total) as bar:
+            yield lambda now: bar.at(now.epoch - 1 + now.step / now.steps,
+                                     f"{model} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}")
 
 
 class Bar:

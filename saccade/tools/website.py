@@ -19,7 +19,8 @@ from typing import Any
 import saccade
 from saccade.core.index import index, paper_module
 from saccade.core.weights import published, status
-from saccade.tools.catalog import EXCEPTIONS, ROOT
+from saccade.tools.catalog import CODE, EXCEPTIONS
+from saccade.tools.pages import ROOT
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,10 @@ def _facts(card: dict[str, Any]) -> str:
 
 
 def _repository(code: str) -> str:
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)@(\w+)", code)
-    return f"[{code}](https://github.com/{match[1]}/tree/{match[2]})" if match else _kept(code)
+    match = CODE.fullmatch(code)
+    if match is None or match[2] is None or match[3]:  # no one commit, or a remark
+        return _kept(code)
+    return f"[{code}](https://github.com/{match[1]}/tree/{match[2]})"
 
 
 def _calls(paper: str, card: dict[str, Any]) -> str:
