@@ -33,7 +33,7 @@ from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.tables import table
-from saccade.ops.window import pad_ends, pad_to_multiple
+from saccade.ops.window import merge, pad_ends, pad_to_multiple
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.block import Block
 from saccade.parts.class_attention import ClassBlock
@@ -113,10 +113,7 @@ class Outlook(nn.Module):
         weights = (logits * self.scale).softmax(-1)  # (B, *centres, heads, places, places)
         if recording():
             self._note(weights, grid)
-        values = self._blocks(self.v(x)).unflatten(-1, (self.heads, -1))
-        # A head at a time: what is held of windows stays small.
-        heads = [self._mix(one, value) for one, value in zip(weights.unbind(-3), values.unbind(-2), strict=True)]
-        out = torch.stack(heads, -2).flatten(-2)
+        out = self._mix(weights, self._blocks(self.v(x)).unflatten(-1, (self.heads, -1)))
         margin = self.kernel // 2
         ends = [(-margin, side + margin - full) for side, full in zip(grid, out.shape[1:-1], strict=True)]
         return self.proj(pad_ends(out, ends))
@@ -132,18 +129,23 @@ class Outlook(nn.Module):
         return x.view(x.shape[0], *(part for side in x.shape[1:-1] for part in (side // step, step)), x.shape[-1])
 
     def _mix(self, weights: Tensor, blocks: Tensor) -> Tensor:
-        """One head: weights (B, *centres, places, places) and blocks of values (..., d) to a padded map (..., d)."""
-        centres = weights.shape[1:-2]
+        """Weights (B, *centres, heads, places, places) and blocks of values (..., heads, d) to a padded map (..., C)."""
+        counts, centres = blocks.shape[1:-2:2], weights.shape[1:-3]
         places = list(product(range(self.kernel), repeat=len(centres)))
-        mixed = weights @ torch.stack([self._at(blocks, place, centres) for place in places], -2)
-        out = torch.zeros_like(blocks)
-        for place, said in zip(places, mixed.unbind(-2), strict=True):
-            self._at(out, place, centres).add_(said)
-        sides = [n * self.stride for n in blocks.shape[1:-1:2]]
-        return out.view(out.shape[0], *sides, out.shape[-1])
+        said = weights @ torch.stack([self._at(blocks, place, centres) for place in places], -2)  # (..., places, d)
+        sums: dict[tuple[int, ...], Tensor] = {}  # (B, *n, heads, d) at each place of a block
+        for place, one in zip(places, said.unbind(-2), strict=True):
+            ends = [(offset // self.stride, count - centre - offset // self.stride)
+                    for offset, count, centre in zip(place, counts, centres, strict=True)]
+            at = tuple(offset % self.stride for offset in place)
+            one = pad_ends(one, [*ends, (0, 0)])  # not an addition into a slice, whose gradient copies the whole
+            sums[at] = sums[at] + one if at in sums else one
+        every = product(range(self.stride), repeat=len(centres))
+        cells = torch.stack([sums[at] if at in sums else torch.zeros_like(one) for at in every], -3)
+        return merge(cells.flatten(-2).flatten(0, -3), (self.stride,) * len(centres), tuple(n * self.stride for n in counts))
 
     def _at(self, blocks: Tensor, place: tuple[int, ...], centres: tuple[int, ...]) -> Tensor:
-        """A view of what all windows hold at one place: (B, *centres, d)."""
+        """A view of what all windows hold at one place: (B, *centres, heads, d)."""
         for axis, (offset, count) in enumerate(zip(place, centres, strict=True), 1):
             blocks = blocks.select(axis + 1, offset % self.stride).narrow(axis, offset // self.stride, count)
         return blocks
