@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
+from saccade.core.record import Where
 from saccade.core.site import MixerFactory, Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend
+from saccade.ops.attend import attend, in_parts
 from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
@@ -86,6 +87,9 @@ CARD = Card(
     goldens=("halonet26t", "op_halo_attention", "op_halo_attention_small", "op_halo_attention_stride"),
     tests=("tests/papers/test_halonet.py",),
 )
+
+
+PAIRS = 2**19  # of queries and keys, whose position terms are laid out at once in evaluation
 
 
 def key_places(grid: tuple[int, ...], block: int, halo: int, device: torch.device) -> list[Tensor]:
@@ -162,24 +166,24 @@ class HaloAttention(nn.Module):
         for weight, fan in ((self.q.weight, site.dim), (self.kv.weight, site.dim), (self.offsets, self.key_dim)):
             nn.init.trunc_normal_(weight, std=fan**-0.5)
 
-    def position(self, q: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """q_i . sum over the axes of r[j - i]: (B x blocks, h, queries, d) -> (B x blocks, h, queries, keys)."""
-        rank, window = len(grid), self.window
-        logits = (q @ self.offsets.T).unflatten(2, (self.block // self.stride,) * rank)
+    def position(self, q: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """q_i . sum over the axes of r[j - i]: q (B, blocks, h, queries, d) -> (B, blocks, h, queries, keys).
+
+        `masks` (blocks, window), one an axis, are added where there are some.
+        """
+        rank, window = self.offsets.shape[0] // (2 * self.window - 1), self.window
+        logits = (q @ self.offsets.T).unflatten(3, (self.block // self.stride,) * rank)
         if self.scaled:
             logits = logits * self.key_dim**-0.5
-        cut = not all(isinstance(size, int) and size % self.block == 0 for size in grid)
-        masks = beyond_halo(grid, self.block, self.halo, logits.dtype, q.device) if cut else ()
         total: Any = 0
         for axis, part in enumerate(logits.chunk(rank, -1)):
-            rows = enumerate(part.unbind(2 + axis))  # the query's place in its block says which offsets its keys have
-            part = torch.stack([row.narrow(-1, window - 1 - place, window) for place, row in rows], 2 + axis)
-            if cut:
-                mask = masks[axis].view(-1, *[1] * (rank + 1), window)
-                part = (part.unflatten(0, (-1, mask.shape[0])) + mask).flatten(0, 1)
+            rows = enumerate(part.unbind(3 + axis))  # the query's place in its block says which offsets its keys have
+            part = torch.stack([row.narrow(-1, window - 1 - place, window) for place, row in rows], 3 + axis)
+            if masks:
+                part = part + masks[axis].view(-1, *[1] * (rank + 1), window)
             keys = [window if other == axis else 1 for other in range(rank)]
-            total = total + part.flatten(2, 1 + rank).unflatten(-1, keys)
-        return total.flatten(3)
+            total = total + part.flatten(3, 2 + rank).unflatten(-1, keys)
+        return total.flatten(4)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[1:-1]
@@ -188,12 +192,12 @@ class HaloAttention(nn.Module):
         asked = tuple(asking.shape[1:-1])
         full = tuple((size + self.block - 1) // self.block * side for size in grid)
         q = pad_end(self.q(asking), [size - part for size, part in zip(full, asked, strict=True)])
-        q = partition(q, (side,) * rank).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = partition(q, (side,) * rank).unflatten(0, (x.shape[0], -1)).unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
         tokens = halo_tokens(tuple(grid), self.block, self.halo, x.device)
         kv = F.pad(self.kv(x).flatten(1, -2), [0, 0, 1, 0])  # the zeros outside the map stand first
-        kv = kv.index_select(1, tokens.flatten() + 1).unflatten(1, tokens.shape).flatten(0, 1)
-        k, v = kv.unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.key_dim, self.value_dim], -1)
+        cut = not all(isinstance(size, int) and size % self.block == 0 for size in grid)
+        masks = beyond_halo(tuple(grid), self.block, self.halo, q.dtype, x.device) if cut else ()
 
         def where() -> tuple[Tensor, Tensor]:
             number = torch.arange(1, prod(grid) + 1, device=x.device).view(1, *grid, 1)
@@ -201,9 +205,23 @@ class HaloAttention(nn.Module):
             number = pad_end(number, [size - part for size, part in zip(full, asked, strict=True)])
             return partition(number, (side,) * rank).squeeze(-1) - 1, tokens
 
-        out = attend(q, k, v, self.position(q, tuple(grid)), where=where).transpose(1, 2).flatten(2)
-        out = crop(merge(out, (side,) * rank, full), asked)
+        some = PAIRS // (q.shape[0] * q[0, 0, ..., 0].numel() * tokens.shape[1]) or 1
+        if in_parts(*q.shape) and not q.is_cuda:
+            parts = zip(q.split(some, 1), tokens.split(some), *(mask.split(some) for mask in masks), strict=True)
+            out = torch.cat([self.look(q, kv, tokens, masks) for q, tokens, *masks in parts], 1)
+        else:
+            out = self.look(q, kv, tokens, masks, where)
+        out = crop(merge(out.flatten(0, 1), (side,) * rank, full), asked)
         return out if self.pool is None else self.pool(out)
+
+    def look(
+        self, q: Tensor, kv: Tensor, tokens: Tensor, masks: Sequence[Tensor], where: Where | None = None
+    ) -> Tensor:
+        """Queries (B, blocks, h, queries, d) of blocks whose keys are `tokens` (blocks, keys) of kv (B, 1 + N, C)."""
+        near = kv.index_select(1, tokens.flatten() + 1).unflatten(1, tokens.shape).unflatten(-1, (self.heads, -1))
+        k, v = near.flatten(0, 1).transpose(1, 2).split([self.key_dim, self.value_dim], -1)
+        out = attend(q.flatten(0, 1), k, v, self.position(q, masks).flatten(0, 1), where=where)
+        return out.transpose(1, 2).flatten(2).unflatten(0, q.shape[:2])
 
     def cost(self, site: Site | None, grid: tuple[int, ...]) -> int:
         """Multiply-adds: projections of N tokens, and for each of M queries (of the padded grid) the products with
