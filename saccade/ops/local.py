@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.record import recording
+from saccade.ops.attend import in_parts
 from saccade.ops.tables import table
+
+TILE = 8  # tokens of a row whose scores are one matrix product, on the CPU in evaluation
 
 
 def local_scores(q: Tensor, k: Tensor, window: int, dilation: int = 1) -> Tensor:
@@ -22,7 +25,28 @@ def local_scores(q: Tensor, k: Tensor, window: int, dilation: int = 1) -> Tensor
     shifts = _shifts(k, window, dilation)
     if recording():
         return (torch.stack(shifts, -2) @ q[..., None]).squeeze(-1)
+    if q.device.type == "cpu" and q.shape[-1] >= TILE and in_parts(*q.shape):
+        return _tiled_scores(q, k, window, dilation)
     return torch.stack([(q * shift).sum(-1) for shift in shifts], -1)
+
+
+def _tiled_scores(q: Tensor, k: Tensor, window: int, dilation: int) -> Tensor:
+    """The same by matrix products: TILE tokens of a row with all that they see of a row, whose diagonals are read."""
+    *leading, side = q.shape[1:-2]
+    rest, reach = -side % TILE, (window - 1) * dilation
+    q = F.pad(q, [0, 0, 0, 0, 0, rest]).unflatten(-3, (-1, TILE)).transpose(-3, -2)  # (B, *leading, tiles, h, TILE, d)
+    margins = [reach // 2] * (2 * len(leading))
+    k = F.pad(k, [0, 0, 0, 0, reach // 2, reach // 2 + rest, *margins]).unfold(-3, TILE + reach, TILE)
+    k = k.contiguous()  # (B, *leading, tiles, h, d, TILE + reach), once for all offsets
+    pieces = []
+    for offset in product(range(0, window * dilation, dilation), repeat=len(leading)):
+        at = k
+        for axis, (start, length) in enumerate(zip(offset, leading, strict=True), 1):
+            at = at.narrow(axis, start, length)
+        every = F.pad((q @ at).flatten(-2), [0, TILE]).unflatten(-1, (TILE, -1))  # row i begins at its own token
+        pieces.append(every[..., :window * dilation:dilation])
+    scores = torch.cat(pieces, -1).transpose(-3, -2).flatten(-4, -3)  # (B, *leading, tiles x TILE, h, window^n)
+    return scores.narrow(-3, 0, side)
 
 
 def local_sum(weights: Tensor, v: Tensor, window: int, dilation: int = 1) -> Tensor:

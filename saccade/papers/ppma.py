@@ -131,11 +131,9 @@ class PolylinePath(nn.Module):
         """Attention of all tokens to all: the mean of the weights under both paths, (B, H, W, heads, d)."""
         H, W = q.shape[1:3]
         q, k, v = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, v))
-        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).unflatten(3, (H, W)).unflatten(2, (H, W))
-        rows, columns = rows.transpose(1, 2), columns.transpose(1, 2)  # (B, heads, H, W, W), (B, heads, W, H, H)
-        bent_at_key = logits + rows.unsqueeze(4) + columns.permute(0, 1, 3, 4, 2).unsqueeze(3)
-        bent_at_query = logits + rows.transpose(2, 3).unsqueeze(2) + columns.transpose(2, 3).unsqueeze(5)
-        weights = sum(part.flatten(4).softmax(-1) for part in (bent_at_key, bent_at_query)).flatten(2, 3) / 2
+        logits, mask = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), path_mask(rows, columns)
+        # A path that bends at the key's column, and one that bends at the query's: there and back.
+        weights = ((logits + mask).softmax(-1) + (logits + mask.transpose(-2, -1)).softmax(-1)) / 2
         note(weights, lambda: global_tokens(H * W, q.device))
         return (weights @ v).transpose(1, 2).unflatten(1, (H, W))
 
@@ -154,11 +152,12 @@ class PolylinePath(nn.Module):
 def line_mask(steps: Tensor) -> Tensor:
     """-|c_i - c_j| with the running sums c of negative steps: (..., N) -> (..., N, N)."""
     sums = steps.cumsum(-1)
-    return -(sums.unsqueeze(-1) - sums.unsqueeze(-2)).abs()
+    further = sums.unsqueeze(-1) - sums.unsqueeze(-2)
+    return torch.minimum(further, -further)
 
 
 def path_mask(rows: Tensor, columns: Tensor) -> Tensor:
-    """The whole mask M (B, heads, N, N), query by key: for readers and tests, no forward builds it."""
+    """The whole mask M (B, heads, N, N), query by key, of paths along the query's row, then the key's column."""
     mask = rows.transpose(1, 2).unsqueeze(4) + columns.permute(0, 2, 3, 4, 1).unsqueeze(3)
     return mask.flatten(4).flatten(2, 3)
 

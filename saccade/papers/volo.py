@@ -129,7 +129,7 @@ class Outlook(nn.Module):
         return x.view(x.shape[0], *(part for side in x.shape[1:-1] for part in (side // step, step)), x.shape[-1])
 
     def _mix(self, weights: Tensor, blocks: Tensor) -> Tensor:
-        """Weights (B, *centres, heads, places, places) and blocks of values (..., heads, d) to a padded map (..., C)."""
+        """Weights (B, *centres, heads, places, places) and blocks of values (..., heads, d): a padded map (..., C)."""
         counts, centres = blocks.shape[1:-2:2], weights.shape[1:-3]
         places = list(product(range(self.kernel), repeat=len(centres)))
         said = weights @ torch.stack([self._at(blocks, place, centres) for place in places], -2)  # (..., places, d)
@@ -142,7 +142,8 @@ class Outlook(nn.Module):
             sums[at] = sums[at] + one if at in sums else one
         every = product(range(self.stride), repeat=len(centres))
         cells = torch.stack([sums[at] if at in sums else torch.zeros_like(one) for at in every], -3)
-        return merge(cells.flatten(-2).flatten(0, -3), (self.stride,) * len(centres), tuple(n * self.stride for n in counts))
+        sides = tuple(count * self.stride for count in counts)
+        return merge(cells.flatten(-2).flatten(0, -3), (self.stride,) * len(centres), sides)
 
     def _at(self, blocks: Tensor, place: tuple[int, ...], centres: tuple[int, ...]) -> Tensor:
         """A view of what all windows hold at one place: (B, *centres, heads, d)."""
