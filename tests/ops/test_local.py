@@ -24,5 +24,5 @@ def test_scores_and_sums_from_their_definition(grid, window, dilation):
     weights = torch.rand_like(wanted)
     mixed = torch.einsum("bnho,bnohd->bnhd", weights.flatten(1, -3), around).unflatten(1, grid)
     torch.testing.assert_close(local_sum(weights, k, window, dilation), mixed)
-    with record(torch.nn.Identity()):
+    with record(torch.nn.Sequential(torch.nn.Identity())):
         torch.testing.assert_close(local_scores(q, k, window, dilation), wanted)
