@@ -4,7 +4,8 @@ Queries stay in windows of M x M. From the mean of a window each head draws a sc
 keys and values are read (bilinearly) where the moved and stretched window lies,
     out = softmax(q k'^T / sqrt(d) + B) v',   k', v' = (k, v) at  place + scale * (place - centre) + offset,
 so that zero keeps the window as it is. ViTAEv2 carries it: reduction cells of dilated convolutions, normal cells, and
-beside each attention a branch of convolutions.
+beside each attention a branch of convolutions. In Swin such windows take the place of fixed and shifted ones, behind a
+convolutional position term.
 
 Zhang, Xu, Zhang, Tao, "VSA: Learning Varied-Size Window Attention in Vision Transformers", 2022, section 3.
 Zhang, Xu, Zhang, Tao, "ViTAEv2: Vision Transformer Advanced by Exploring Inductive Bias", 2022, section 3.
@@ -33,11 +34,12 @@ from saccade.ops.attend import attend
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
 from saccade.parts.attention import check_heads
-from saccade.parts.block import residual_tail
+from saccade.parts.block import Block, residual_tail
 from saccade.parts.convolution import conv_norm, depthwise, grid_conv
+from saccade.parts.merging import PatchMerging
 from saccade.parts.mlp import Mlp
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.stem import pad_image
+from saccade.parts.stem import PatchEmbed, pad_image
 from saccade.parts.window import RelativeBias
 
 CARD = Card(
@@ -51,8 +53,9 @@ CARD = Card(
     keywords="varied-size window attention, window regression, moving windows, ViTAEv2, reduction cell, normal cell",
     kinds=("backbone", "mixer"),
     mixers={"varied_size_window": "VariedSizeWindow"},
-    params={"vitaev2_vsa_s": 19.8e6},
-    top1={"vitaev2_vsa_s": 82.7},
+    params={"vitaev2_vsa_s": 19.8e6, "swin_tiny_vsa": 29e6},
+    macs={"swin_tiny_vsa": 4.6e9},
+    top1={"vitaev2_vsa_s": 82.7, "swin_tiny_vsa": 82.2, "swin_small_vsa": 83.6},
     goldens=("vitaev2_vsa_s", "op_varied_size_window_attention", "op_varied_size_window_attention_pad"),
 )
 
@@ -227,6 +230,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "vsa_nano": dict(
         dims=(32, 64, 128), depths=(1, 2, 2), heads=(1, 2, 4), merging_heads=(1, 1, 2), patch=2, window=4, img_size=32,
         dilations=((1, 2), (1, 2), (1, 2)), groups=(1, 16, 32), merging_groups=(1, 8, 16)),
+    "swin_tiny_vsa": dict(builder="swin_vsa", dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)),
+    "swin_small_vsa": dict(builder="swin_vsa", dims=(96, 192, 384, 768), depths=(2, 2, 18, 2), heads=(3, 6, 12, 24)),
+    "swin_vsa_nano": dict(builder="swin_vsa", dims=(32, 64, 128), depths=(1, 2, 2), heads=(1, 2, 4), window=4, patch=2,
+                          img_size=32),
 }
 
 
@@ -256,6 +263,22 @@ def vsa(
     return Pyramid(
         dims, depths, heads, stem=partial(cells[0], kernel=7 if patch == 4 else 3, stride=patch, image=True),
         stride=patch, downsample=cells[1:], block=block, mixer=partial(VariedSizeWindow, window=window),
+        replace=mixer, **common,
+    )
+
+
+def swin_vsa(
+    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], patch: int = 4, window: int = 7,
+    mixer: Any = None, **common: Any,
+) -> Pyramid:
+    """A Swin of varied-size windows: none of them shifts, and a convolution adds the position before each."""
+
+    def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
+        return Block(site, mixer, norm=nn.LayerNorm, position=depthwise(site.rank, site.dim, 7), drop_path=drop_path)
+
+    return Pyramid(
+        dims, depths, heads, stem=partial(PatchEmbed, stride=patch, norm=nn.LayerNorm), stride=patch,
+        downsample=PatchMerging, block=block, mixer=partial(VariedSizeWindow, window=window), norm=nn.LayerNorm,
         replace=mixer, **common,
     )
 
