@@ -21,16 +21,13 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.parts.block import Block
-from saccade.parts.merging import PatchMerging
-from saccade.parts.pyramid import Pyramid
-from saccade.parts.stem import PatchEmbed
+from saccade.parts.swin_pyramid import SwinPyramid
 from saccade.parts.window import WindowAttention
 
 _ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/"
@@ -126,21 +123,11 @@ SIZES |= {f"swin_{size}_22k": SIZES[f"swin_{size}"] | dict(num_classes=21841) fo
 
 
 def swin(
-    dims: tuple[int, ...],
-    depths: tuple[int, ...],
-    heads: tuple[int, ...],
-    window: int = 7,
-    patch: int = 4,
-    mixer: Any = None,
-    **common: Any,
-) -> Pyramid:
+    dims: tuple[int, ...], depths: tuple[int, ...], heads: tuple[int, ...], window: int = 7, patch: int = 4,
+    mixer: Any = None, **common: Any,
+) -> SwinPyramid:
     """A Swin Transformer of a size."""
-    return Pyramid(
-        dims, depths, heads,
-        stem=partial(PatchEmbed, stride=patch, norm=nn.LayerNorm), stride=patch, downsample=PatchMerging,
-        block=partial(Block, norm=nn.LayerNorm), mixer=partial(ShiftedWindow, window=window), norm=nn.LayerNorm,
-        replace=mixer, **common,
-    )
+    return SwinPyramid(dims, depths, heads, patch, mixer=partial(ShiftedWindow, window=window), replace=mixer, **common)
 
 
 _NAMES = (

@@ -27,10 +27,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.window import pad_ends
 from saccade.parts.attention import check_heads
-from saccade.parts.block import Block
-from saccade.parts.merging import PatchMerging
-from saccade.parts.pyramid import Pyramid
-from saccade.parts.stem import PatchEmbed
+from saccade.parts.swin_pyramid import SwinPyramid
 
 _ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.5/"
 _LAYOUTS = {
@@ -126,21 +123,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def swin_mlp(
-    dims: tuple[int, ...],
-    depths: tuple[int, ...],
-    heads: tuple[int, ...],
-    window: int = 7,
-    patch: int = 4,
-    mixer: Any = None,
-    **common: Any,
-) -> Pyramid:
+    dims: tuple[int, ...], depths: tuple[int, ...], heads: tuple[int, ...], window: int = 7, patch: int = 4,
+    mixer: Any = None, **common: Any,
+) -> SwinPyramid:
     """A Swin-MLP of a size."""
-    return Pyramid(
-        dims, depths, heads,
-        stem=partial(PatchEmbed, stride=patch, norm=nn.LayerNorm), stride=patch, downsample=PatchMerging,
-        block=partial(Block, norm=nn.LayerNorm), mixer=partial(ShiftedWindowMlp, window=window), norm=nn.LayerNorm,
-        replace=mixer, **common,
-    )
+    windows = partial(ShiftedWindowMlp, window=window)
+    return SwinPyramid(dims, depths, heads, patch, mixer=windows, replace=mixer, **common)
 
 
 def _matrices(weight: Tensor) -> Tensor:

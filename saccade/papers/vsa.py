@@ -36,10 +36,10 @@ from saccade.ops.window import crop, merge, pad_to_multiple, partition
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block, residual_tail
 from saccade.parts.convolution import conv_norm, depthwise, grid_conv
-from saccade.parts.merging import PatchMerging
 from saccade.parts.mlp import Mlp
 from saccade.parts.pyramid import Pyramid
-from saccade.parts.stem import PatchEmbed, pad_image
+from saccade.parts.stem import pad_image
+from saccade.parts.swin_pyramid import SwinPyramid
 from saccade.parts.window import RelativeBias
 
 CARD = Card(
@@ -268,19 +268,16 @@ def vsa(
 
 
 def swin_vsa(
-    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], patch: int = 4, window: int = 7,
+    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], window: int = 7, patch: int = 4,
     mixer: Any = None, **common: Any,
-) -> Pyramid:
+) -> SwinPyramid:
     """A Swin of varied-size windows: none of them shifts, and a convolution adds the position before each."""
 
     def block(site: Site, mixer: nn.Module, drop_path: float) -> Block:
         return Block(site, mixer, norm=nn.LayerNorm, position=depthwise(site.rank, site.dim, 7), drop_path=drop_path)
 
-    return Pyramid(
-        dims, depths, heads, stem=partial(PatchEmbed, stride=patch, norm=nn.LayerNorm), stride=patch,
-        downsample=PatchMerging, block=block, mixer=partial(VariedSizeWindow, window=window), norm=nn.LayerNorm,
-        replace=mixer, **common,
-    )
+    windows = partial(VariedSizeWindow, window=window)
+    return SwinPyramid(dims, depths, heads, patch, block=block, mixer=windows, replace=mixer, **common)
 
 
 MIXER: tuple[Rule, ...] = (
