@@ -21,13 +21,14 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend
+from saccade.ops.attend import attend, in_parts
 from saccade.ops.window import crop, merge, pad_end, pad_to_multiple, partition, shifted, window_tokens
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
@@ -37,7 +38,7 @@ from saccade.parts.mlp import Gelu
 from saccade.parts.pyramid import drop_path_rates
 from saccade.parts.restoration.body import SKELETON, Group, SuperResolver
 from saccade.parts.tokens import strided_tokens, token_numbers
-from saccade.parts.window import attend_windows, region_mask
+from saccade.parts.window import attend_windows, region_mask, some_windows
 
 CARD = Card(
     "Recursive Generalization Transformer for Image Super-Resolution",
@@ -65,6 +66,7 @@ CARD = Card(
 )
 
 FOLD = 4
+PIECE = 1024  # tokens whose hidden state is computed at once on a CPU, where it then stays in the cache
 
 
 class RectangleWindow(nn.Module):
@@ -98,6 +100,8 @@ class RectangleWindow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
+        if x.is_cpu and in_parts(*x.shape) and not any(side % max(self.windows[0]) for side in grid):
+            return self._in_parts(x)
         qkv = self.qkv(x)
         parts = pad_to_multiple(qkv, (max(self.windows[0]),) * 2).unflatten(-1, (3, 2, -1)).movedim(-2, 0)
         halves = [self._half(number, part.flatten(-2), grid) for number, part in enumerate(parts.unbind(0))]
@@ -105,8 +109,7 @@ class RectangleWindow(nn.Module):
 
     def _half(self, number: int, qkv: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The attention of one half of the heads, (B, H', W', 3 C / 2) -> (B, H', W', C / 2), H' and W' padded."""
-        window, padded = self.windows[number], tuple(qkv.shape[1:-1])
-        shift = tuple(side // 2 if self.shift else 0 for side in window)
+        window, padded, shift = self.windows[number], tuple(qkv.shape[1:-1]), self._shift(number)
         if self.shift:
             qkv = shifted(qkv, tuple(-step for step in shift))
         qkv = partition(qkv, window)  # under one name, so that what came before is freed
@@ -120,6 +123,25 @@ class RectangleWindow(nn.Module):
         out = attend_windows(q, k, v, self.bias[number](), mask, where).transpose(1, 2).flatten(2)
         out = merge(out, window, padded)
         return shifted(out, shift) if self.shift else out
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """The same on a grid of whole windows, some of them at a time: q, k and v of all are never laid out."""
+        C, half = x.shape[-1], x.shape[-1] // 2
+        mixed, values = torch.empty_like(x), torch.empty_like(x)
+        for number, window in enumerate(self.windows):
+            weight, offset = (None if part is None else part.unflatten(0, (3, 2, half))[:, number].flatten(0, 1)
+                              for part in (self.qkv.weight, self.qkv.bias))
+            bias, here = self.bias[number]().contiguous(), slice(number * half, (number + 1) * half)
+            for rows, tokens, mask in some_windows(x, window, self._shift(number), self.heads):
+                qkv = F.linear(tokens, weight, offset).unflatten(-1, (3, self.heads, -1))
+                q, k, v = qkv.permute(2, 0, 3, 1, 4)
+                out = attend(q, k, v, bias if mask is None else bias + mask[:, None]).transpose(1, 2)
+                for target, part in ((mixed, out), (values, qkv[:, :, 2])):
+                    target.view(-1, C)[:, here].index_copy_(0, rows, part.reshape(-1, half))
+        return self.proj(mixed.add_(self.position(values)))
+
+    def _shift(self, number: int) -> tuple[int, ...]:
+        return tuple(side // 2 if self.shift else 0 for side in self.windows[number])
 
     def reach(self, site: Site) -> tuple[int, ...]:
         """From one end of the longer side to the other, and one token on for the convolution of v."""
@@ -214,8 +236,21 @@ class SpatiallyGatedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden // 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and in_parts(*x.shape) and prod(x.shape[:-1]) > PIECE:
+            return self._in_parts(x)
         kept, gate = self.activation(self.fc1(x)).chunk(2, -1)
         return self.fc2(kept * self.conv(self.norm(gate)))
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """The same, some tokens at a time before the convolution and after it."""
+        (kept, gate), (kept_bias, gate_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
+        tokens, normed, out = x.flatten(0, -2).split(PIECE), x.new_empty(*x.shape[:-1], len(gate)), torch.empty_like(x)
+        for here, part in zip(normed.flatten(0, -2).split(PIECE), tokens, strict=True):
+            here.copy_(self.norm(self.activation(F.linear(part, gate, gate_bias))))
+        gates = self.conv(normed).flatten(0, -2).split(PIECE)
+        for here, part, by in zip(out.flatten(0, -2).split(PIECE), tokens, gates, strict=True):
+            here.copy_(self.fc2(self.activation(F.linear(part, kept, kept_bias)).mul_(by)))
+        return out
 
 
 class AdaptiveBlock(Block):
@@ -226,7 +261,7 @@ class AdaptiveBlock(Block):
         self.gamma = nn.Parameter(torch.full((site.dim,), 1e-4))
 
     def forward(self, x: Tensor, **optional: Any) -> Tensor:
-        return torch.addcmul(super().forward(x, **optional), x, self.gamma)
+        return super().forward(x, **optional).addcmul_(x, self.gamma)  # a fresh sum, which nobody else holds
 
 
 SIZES: dict[str, dict[str, Any]] = {

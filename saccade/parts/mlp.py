@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saccade.parts.convolution import depthwise
 
-WHOLE, PIECE = 2**21, 4096  # hidden numbers that are computed at once; else rows a piece (measured on a CPU)
+WHOLE, PIECE = 2**21, 2048  # hidden numbers that are computed at once; else rows a piece (measured on a CPU)
 
 
 class Gelu(nn.Module):
@@ -43,8 +43,10 @@ class Mlp(nn.Module):
         if plain or prod(x.shape[:-1]) * self.fc1.out_features <= WHOLE:
             return self.fc2(self.activation(self.fc1(x)))
         # The hidden state of a large map would leave the cache three times: take it in pieces that stay.
-        pieces = x.flatten(0, -2).split(PIECE)
-        return torch.cat([self.fc2(self.activation(self.fc1(piece))) for piece in pieces]).view(*x.shape[:-1], -1)
+        out = x.new_empty(*x.shape[:-1], self.fc2.out_features)
+        for here, piece in zip(out.flatten(0, -2).split(PIECE), x.flatten(0, -2).split(PIECE), strict=True):
+            here.copy_(self.fc2(self.activation(self.fc1(piece))))
+        return out
 
 
 class ConvMlp(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,7 +139,7 @@ def attend_windows(
     """
     if mask is None:
         return attend(q, k, v, bias, where=where)
-    mask = mask.to(q.dtype)
+    mask, bias = mask.to(q.dtype), None if bias is None else bias.contiguous()  # else their sum has the heads inside
     some = LAID // (q.shape[1] * q.shape[2] ** 2) or 1
     if q.is_cuda or not in_parts(*q.shape) or len(q) <= some:
         return attend(q, k, v, masked(bias, mask, q.shape[0]), where=where)  # len() would fix a size left open
@@ -151,6 +154,25 @@ def masked(bias: Tensor | None, mask: Tensor, windows: int) -> Tensor:
     both = mask[:, None] if bias is None else bias + mask[:, None]
     images = windows // mask.shape[0]
     return both.expand(images, *both.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else both
+
+
+def some_windows(
+    x: Tensor, window: tuple[int, ...], shift: tuple[int, ...], heads: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The windows of a grid (B, *grid, C) of whole windows, some at a time: (rows, tokens, mask).
+
+    Tokens (G, N, C) are the `rows` (G N,) of x.flatten(0, -2): what becomes of them is laid back there. The mask
+    (G, N, N) is that of windows that are shifted. As many as a bias for `heads` may be laid out for at once.
+    """
+    grid, flat = tuple(x.shape[1:-1]), x.flatten(0, -2)
+    tokens = window_tokens(grid, window, shift, x.device)
+    mask = region_mask(grid, window, shift, x.device).to(x.dtype) if any(shift) else None
+    some = LAID // (heads * prod(window) ** 2) or 1
+    for image in range(len(x)):
+        for first in range(0, len(tokens), some):
+            rows = tokens[first:first + some].flatten() + image * prod(grid)
+            windows = flat.index_select(0, rows).view(-1, *tokens.shape[1:], x.shape[-1])
+            yield rows, windows, None if mask is None else mask[first:first + some]
 
 
 @table

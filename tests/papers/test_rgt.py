@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from saccade import Site
-from saccade.papers.rgt import RectangleWindow, RecursiveGeneralization, rgt
+from saccade.papers import rgt as paper
+from saccade.papers.rgt import RectangleWindow, RecursiveGeneralization, SpatiallyGatedMlp, rgt
+from saccade.parts import window as windows
+from saccade.tools.measure import peak_memory
 from tests.contracts.registered import randomised
 
 
@@ -40,6 +43,45 @@ def test_halves_see_lying_and_standing_windows():
     lying, standing = change[..., :8].amax(-1) > 1e-9, change[..., 8:].amax(-1) > 1e-9
     assert lying.nonzero().amax(0).tolist() == [1, 3] and int(lying.sum()) == 8
     assert standing.nonzero().amin(0).tolist() == [0, 2] and standing.nonzero().amax(0).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("numbers", [1, 3 * 2 * 8**2, 10**9])  # a window, three windows, all
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_windows_in_parts_as_at_once(monkeypatch, shift, numbers, qkv_bias):
+    mixer = randomised(RectangleWindow(Site(16, 4), window=(2, 4), shift=shift, qkv_bias=qkv_bias)).double().eval()
+    x, parts = torch.randn(2, 8, 12, 16, dtype=torch.float64), []
+    monkeypatch.setattr(windows, "LAID", numbers)
+    monkeypatch.setattr(RectangleWindow, "_in_parts", lambda self, x, run=RectangleWindow._in_parts: parts.append(x) or
+                        run(self, x))
+    expected = mixer(x)  # with a gradient: at once
+    assert expected.requires_grad and not parts
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x), expected.detach())
+        assert len(parts) == 1
+        mixer(x[:, :7])  # no whole windows
+        assert len(parts) == 1
+
+
+def test_gates_in_parts_as_at_once(monkeypatch):
+    mlp, x = randomised(SpatiallyGatedMlp(8)).double(), torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    expected = mlp(x)
+    monkeypatch.setattr(paper, "PIECE", 16)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected.detach())
+
+
+def test_parts_take_less_memory(monkeypatch):
+    """No map of queries, keys and values of all tokens, nor of both halves of the hidden state."""
+    site, x = Site(32, 2), torch.randn(1, 64, 64, 32)
+    monkeypatch.setattr(windows, "LAID", 256**2)  # of one window
+    for module, maps in ((RectangleWindow(site, window=(8, 32)), 6), (SpatiallyGatedMlp(32), 5)):
+        peaks = {}
+        for gradient in (True, False):  # at once, in parts
+            with torch.set_grad_enabled(gradient):
+                module(x)  # its tables are kept
+                peaks[gradient] = peak_memory(lambda: module(x))  # noqa: B023
+        assert peaks[False] < maps * 4 * x.numel() < peaks[True]
 
 
 def test_a_bias_of_one_number_is_the_same_for_every_offset():
