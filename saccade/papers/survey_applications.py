@@ -28,22 +28,37 @@ CARD = Card(
 
 
 class Task(NamedTuple):
-    """A task in words, the domain it belongs to, and where one starts (empty: nothing is there yet)."""
+    """A task in words, the domain it belongs to, and where one starts (empty: nothing is there yet).
+
+    `commands` are all of `saccade` that serve the task, `start` is what there is besides.
+    """
 
     name: str
     domain: str
     start: str = ""
+    commands: tuple[str, ...] = ()
+
+    @property
+    def starts(self) -> str:
+        """Commands and the rest, as one types them: "`saccade train`, `restore`, `saccade.attribution.restoration`"."""
+        first = [f"`{'' if place else 'saccade '}{command}`" for place, command in enumerate(self.commands)]
+        return ", ".join(first + [self.start] * bool(self.start))
 
 
 # By the kind that the mission gives its systems.
 TASKS: dict[str, Task] = {
-    "backbones": Task("classifying images, features for all other tasks", "vision", "`saccade train`, `compare`"),
-    "mixers": Task("mixing tokens in any backbone", "vision", "`create_model(..., mixer=NAME)`, `swap`"),
+    "backbones": Task("classifying images, features for all other tasks", "vision",
+                      commands=("compare", "train", "eval", "predict", "bench", "weights")),
+    "mixers": Task("mixing tokens in any backbone", "vision", "`create_model(..., mixer=NAME)`, `swap`",
+                   ("compare", "bench")),
     "ops": Task("the operations under them, fast", "vision", "`saccade.ops`"),
-    "dynamic": Task("computing less on easy images and tokens", "vision", "`saccade.apply`, `compare --apply`"),
-    "pretrain": Task("learning from images without labels", "vision", "`saccade pretrain`, `probe`"),
-    "explain": Task("seeing what a model looks at, and judging it", "vision", "`saccade explain`"),
-    "restoration": Task("enlarging, denoising, deblurring, deraining", "vision", "`saccade restore`"),
+    "dynamic": Task("computing less on easy images and tokens", "vision", "both with `--apply`; `saccade.apply`",
+                    ("compare", "explain")),
+    "pretrain": Task("learning from images without labels", "vision", commands=("pretrain", "probe")),
+    "explain": Task("seeing what a model looks at, and judging it", "vision", "`saccade.record`, `saccade.explain`",
+                    ("explain", "trust")),
+    "restoration": Task("enlarging, denoising, deblurring, deraining", "vision", "`saccade.attribution.restoration`",
+                        ("restore", "train")),
     "segmentation": Task("a class or an object for every pixel", "vision"),
     "detection": Task("boxes of objects", "vision"),
     "tracking": Task("following an object through a video", "vision"),
@@ -56,7 +71,7 @@ TASKS: dict[str, Task] = {
     "anomaly": Task("finding what is wrong", "vision"),
     "robust": Task("staying right under disturbance", "vision"),
     "multitask": Task("several tasks from one model", "vision"),
-    "compress": Task("smaller and faster models", "vision", "`saccade export`, `docs/deployment.md`"),
+    "compress": Task("smaller and faster models", "vision", "`docs/deployment.md`", ("export", "bench")),
     "diffusion": Task("making and editing images by diffusion", "multi-modality"),
     "generation": Task("making images otherwise", "multi-modality"),
     "vlm": Task("images and language together", "multi-modality"),

@@ -115,7 +115,7 @@ def tasks_page() -> str:
         here = ", ".join(paper_link(row["papers"][0], row["slug"])
                          for row in serving if row["papers"])
         planned = ", ".join(row["slug"] for row in serving if not row["papers"])
-        lines.append(f"| {task.domain} | {task.name} | {task.start} | {here} | {planned} |")
+        lines.append(f"| {task.domain} | {task.name} | {task.starts} | {here} | {planned} |")
     return "\n".join(lines) + "\n"
 
 

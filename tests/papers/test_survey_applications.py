@@ -18,7 +18,14 @@ def test_every_system_has_its_place():
     assert f"[swin](../saccade/papers/{verified['papers'][0]}.py)" in page
 
 
-def test_commands_that_it_names_exist():
-    known = {command.name or command.callback.__name__ for command in app.registered_commands}
-    named = {name for task in TASKS.values() for name in re.findall(r"`saccade (\w+)", task.start)}
-    assert named and named <= known
+GENERAL = {"list", "find", "info", "verify"}  # of the library, not of a task
+
+
+def test_it_names_all_commands_that_there_are():
+    groups = {group.name for group in app.registered_groups}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands} | groups
+    assert {name for task in TASKS.values() for name in task.commands} == known - GENERAL
+
+
+def test_what_restores_is_trained_and_explained_too():
+    assert "| `saccade restore`, `train`, `saccade.attribution.restoration` |" in tasks_page()
