@@ -112,3 +112,35 @@ def test_a_broken_picture_is_left_out_and_told(capsys, tmp_path):
     code, told, error = run(capsys, "train", broken, "--model", "hat_nano_x2", "--out", tmp_path / "out", *BRIEF)
     assert code == 0, error
     assert "1.png: cannot be decoded" in told and "1 of 3 pictures are held out" in told
+
+
+@pytest.fixture(scope="module")
+def restorer(trained):
+    from saccade.core.build import create_model
+    from saccade.core.checkpoint import write_safetensors
+
+    folder = trained / "restorer"
+    folder.mkdir()
+    (folder / "restoration.json").write_text(json.dumps({"model": "hat_nano_x2"}))
+    write_safetensors(folder / "weights.safetensors", create_model("hat_nano_x2").state_dict(), {})
+    return folder
+
+
+def test_commands_for_classifiers_tell_what_restores(capsys, trained, restorer, tmp_path):
+    picture = trained / "in" / "0.png"
+    for line in (("predict", picture, "--checkpoint", restorer), ("eval", trained / "in", "--checkpoint", restorer),
+                 ("explain", picture, "--model", restorer, "--out", tmp_path / "page.html")):
+        code, _, error = run(capsys, *line)
+        assert code == 2 and error.count("\n") == 1
+        assert "a network that restores pictures: use `saccade restore" in error and "--checkpoint" in error
+    code, _, error = run(capsys, "explain", picture, "--model", "hat_nano_x2", "--out", tmp_path / "page.html")
+    assert code == 2 and "saccade.attribution.restoration" in error
+
+
+def test_a_run_is_exported_and_networks_that_restore_race(capsys, restorer, tmp_path):
+    pytest.importorskip("onnxruntime")
+    code, told, error = run(capsys, "export", restorer, "--onnx", tmp_path / "x.onnx", "--size", "16")
+    assert code == 0 and "16x16 differs by" in told, error
+    code, told, error = run(capsys, "bench", "hat_nano_x2", "--size", "16", "--batch", "1", "--rounds", "1", "--json")
+    assert code == 0, error
+    assert json.loads(told)[0]["params"] > 250_000

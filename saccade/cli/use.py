@@ -84,8 +84,12 @@ def export(
     size: Annotated[int, typer.Option(help="Image side in pixels; 0: the model's own.")] = 0,
 ) -> None:
     """An ONNX file with free batch and image sizes, checked against onnxruntime at two sizes."""
+    from saccade.learn.restoration.runs import opened
+    from saccade.learn.runs import RESTORATION
     from saccade.tools.export import export_onnx
 
+    if (Path(what) / RESTORATION).is_file():
+        what, checkpoint = opened(Path(what), None)
     if Path(what).is_dir():
         from saccade.learn.runs import open_run
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from saccade.core.errors import SaccadeError
 from saccade.core.unpickle import Record, is_tensor, read_pickle, tensor
 
-# Where authors put their weights, in the order of preference: live weights, student before teacher, averages last.
+# Where authors put their weights, in the order of preference: live weights, student before teacher, averages last; but
+# of BasicSR's files (HAT, DRCT) the average, by which their authors measure.
 WRAPPERS = (
-    *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "params"),
-    *("student", "teacher", "model_ema", "ema", "state_dict_ema", "params_ema"),
+    *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "params_ema", "params"),
+    *("student", "teacher", "model_ema", "ema", "state_dict_ema"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 FOLDER = ("model.safetensors.index.json", "model.safetensors")
@@ -31,7 +32,8 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tenso
     Reads safetensors (a file, or the index or folder of a sharded model), torch files of all versions, and
     plain pickles of tensors or arrays. `key` names the entry to take. Without it the state dict is looked for under
     `WRAPPERS`, in that order, also nested: model before state_dict before student before teacher, a moving average only
-    where nothing else is. A prefix of `PREFIXES` comes off where all names have it. What is no tensor is left out.
+    where nothing else is (BasicSR's first). A prefix of `PREFIXES` comes off where all names have it. What is no tensor
+    is left out.
 
     Raises SaccadeError for a file that is missing, empty, cut off or of another kind, an unknown key, or no tensors.
     """
@@ -98,6 +100,9 @@ def _content(path: Path, head: bytes, file: IO[bytes]) -> Any:
         return {name: shards[shard][name] for name, shard in places.items()}
     if head[8:9] == b"{":
         return load_file(path)
+    if path.suffix == ".npz":
+        raise SaccadeError("arrays of NumPy, as those who use JAX publish them, are not read; take the weights converted "
+                           "to PyTorch")
     return read_pickle(file)
 
 

@@ -30,6 +30,7 @@ from saccade.learn.train import Recipe, fit, predict_logits
 from saccade.learn.transforms import evaluation_transform, normalise
 
 CARD, PRETRAINING, WEIGHTS = "model.json", "pretraining.json", "weights.safetensors"
+RESTORATION = "restoration.json"  # the card of a network that restores pictures
 UNSAID = Origin("an earlier run that does not say what it began with", licence="unknown")
 
 
@@ -127,6 +128,9 @@ def open_run(folder: Path) -> Run:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         name, options, classes = card["model"], card["options"], card["classes"]
     except (OSError, ValueError, KeyError) as error:
+        if (folder / RESTORATION).is_file():
+            raise SaccadeError(f"{folder} holds a network that restores pictures: use `saccade restore --checkpoint "
+                               f"{folder}`") from error
         raise SaccadeError(
             f"{folder} holds no finished run ({CARD} is missing or broken): `saccade train` makes one"
         ) from error

@@ -40,7 +40,7 @@ CARD = Card(
     read="paper, code",
     keywords="super-resolution, dense residual connection, shifted window attention, information bottleneck",
     kinds=("restoration",),
-    params={"drct_x4": 14.13e6},
+    params={"drct_x4": 14.13e6, "drct_l_x4": 27.58e6},
     weights={name: Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", data=data)
              for name, file, data in (("drct_x4", "1jw2UWAersWZecPq-c_g5RM3mDOoc_cbd", "DF2K"),
                                       ("drct_l_x4", "1bVxvA6QFbne2se0CQJ-jyHFy94UOi3h5", "ImageNet-1K, DF2K"))},

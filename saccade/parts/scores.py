@@ -19,7 +19,8 @@ def scores(model: nn.Module, image: Tensor) -> Tensor:
     result = getattr(result, "logits", result)
     if not isinstance(result, Tensor) or result.ndim != 2:
         found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise SaccadeError(f"the model returned {found}: only a classifier, (batch, classes) scores, can be explained")
+        raise SaccadeError(f"the model returned {found}: only a classifier, (batch, classes) scores, can be explained "
+                           "(one that restores pictures, by saccade.attribution.restoration)")
     return result
 
 

@@ -16,6 +16,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.index import index, resolve_model
 from saccade.core.load import load
 from saccade.core.optional import optional
+from saccade.learn.restoration.runs import restores
 from saccade.tools.measure import count_macs, limited_threads, peak_memory, race, summary
 from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
 
@@ -118,7 +119,9 @@ def _models(names: Sequence[str], against: str | None, size: int) -> tuple[dict[
     if against:
         ours, theirs, note = pair(names[0], size)
         return {names[0]: ours, f"timm:{timm_name(names[0])}": theirs}, note
-    return {name: create_model(name, img_size=size).eval() for name in names}, ""
+    # what restores pictures has no native size
+    options: dict[str, dict[str, Any]] = {name: {} if restores(name) else {"img_size": size} for name in names}
+    return {name: create_model(name, **options[name]).eval() for name in names}, ""
 
 
 def _rows(

@@ -23,9 +23,7 @@ from saccade.learn.restoration.degradations import Degradation, degradation
 from saccade.learn.restoration.sets import LEAST, open_pictures
 from saccade.learn.restoration.tiling import Bicubic
 from saccade.learn.restoration.train import Recipe, fit, measured
-from saccade.learn.runs import WEIGHTS, weights_file, writable
-
-CARD = "restoration.json"
+from saccade.learn.runs import RESTORATION, WEIGHTS, weights_file, writable
 
 
 def restores(name: str) -> bool:
@@ -75,7 +73,7 @@ def train(
              "after": measured(restored, pictures.held, model.scale), "training_seconds": fitted.seconds,
              "data": {"name": pictures.name, "fingerprint": pictures.patches.fingerprint, "notes": pictures.notes}}
     if first_process():
-        write_whole(out / CARD, json.dumps(found, indent=1, ensure_ascii=False))
+        write_whole(out / RESTORATION, json.dumps(found, indent=1, ensure_ascii=False))
     return found
 
 
@@ -93,10 +91,11 @@ def _degradation(how: str, name: str, scale: int) -> Degradation:
 
 def opened(place: Path, name: str | None) -> tuple[str, Path]:
     """The model's name and the file of weights of a folder that `train` made, or of any checkpoint with its name."""
-    if (place / CARD).is_file():
-        known = json.loads((place / CARD).read_text(encoding="utf-8"))["model"]
+    if (place / RESTORATION).is_file():
+        known = json.loads((place / RESTORATION).read_text(encoding="utf-8"))["model"]
         return name or known, place / WEIGHTS
     if name is None:
-        raise SaccadeError(f"{place} does not say which model it belongs to ({CARD} is missing): give --model NAME")
+        raise SaccadeError(f"{place} does not say which model it belongs to ({RESTORATION} is missing): give --model "
+                           "NAME")
     ours = place / WEIGHTS
     return name, ours if ours.is_file() else place
