@@ -101,8 +101,8 @@ def _content(path: Path, head: bytes, file: IO[bytes]) -> Any:
     if head[8:9] == b"{":
         return load_file(path)
     if path.suffix == ".npz":
-        raise SaccadeError("arrays of NumPy, as those who use JAX publish them, are not read; take the weights converted "
-                           "to PyTorch")
+        raise SaccadeError("arrays of NumPy, as those who use JAX publish them, are not read; take the weights "
+                           "converted to PyTorch")
     return read_pickle(file)
 
 
