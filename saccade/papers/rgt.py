@@ -127,7 +127,7 @@ class RectangleWindow(nn.Module):
     def _in_parts(self, x: Tensor) -> Tensor:
         """The same on a grid of whole windows, some of them at a time: q, k and v of all are never laid out."""
         C, half = x.shape[-1], x.shape[-1] // 2
-        mixed, values = torch.empty_like(x), torch.empty_like(x)
+        mixed, values = x.new_empty(x.shape), x.new_empty(x.shape)
         for number, window in enumerate(self.windows):
             weight, offset = (None if part is None else part.unflatten(0, (3, 2, half))[:, number].flatten(0, 1)
                               for part in (self.qkv.weight, self.qkv.bias))
@@ -137,7 +137,7 @@ class RectangleWindow(nn.Module):
                 q, k, v = qkv.permute(2, 0, 3, 1, 4)
                 out = attend(q, k, v, bias if mask is None else bias + mask[:, None]).transpose(1, 2)
                 for target, part in ((mixed, out), (values, qkv[:, :, 2])):
-                    target.view(-1, C)[:, here].index_copy_(0, rows, part.reshape(-1, half))
+                    target.view(-1, C)[:, here].index_copy_(0, rows, part.reshape(-1, half).to(x))
         return self.proj(mixed.add_(self.position(values)))
 
     def _shift(self, number: int) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ class SpatiallyGatedMlp(nn.Module):
     def _in_parts(self, x: Tensor) -> Tensor:
         """The same, some tokens at a time before the convolution and after it."""
         (kept, gate), (kept_bias, gate_bias) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        tokens, normed, out = x.flatten(0, -2).split(PIECE), x.new_empty(*x.shape[:-1], len(gate)), torch.empty_like(x)
+        tokens, normed, out = x.flatten(0, -2).split(PIECE), x.new_empty(*x.shape[:-1], len(gate)), x.new_empty(x.shape)
         for here, part in zip(normed.flatten(0, -2).split(PIECE), tokens, strict=True):
             here.copy_(self.norm(self.activation(F.linear(part, gate, gate_bias))))
         gates = self.conv(normed).flatten(0, -2).split(PIECE)

@@ -71,6 +71,18 @@ def test_gates_in_parts_as_at_once(monkeypatch):
         torch.testing.assert_close(mlp(x), expected.detach())
 
 
+def test_parts_of_other_layouts_and_types(monkeypatch):
+    """A map that lies otherwise in memory, and autocast, whose products have another type than the map."""
+    monkeypatch.setattr(paper, "PIECE", 16)
+    lying = torch.randn(2, 16, 8, 12).permute(0, 2, 3, 1)
+    for module in (RectangleWindow(Site(16, 4), window=(2, 4), shift=True), SpatiallyGatedMlp(16)):
+        expected = randomised(module)(lying.contiguous()).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(module(lying), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(module(lying).float(), expected, rtol=0.05, atol=0.05 * expected.abs().max())
+
+
 def test_parts_take_less_memory(monkeypatch):
     """No map of queries, keys and values of all tokens, nor of both halves of the hidden state."""
     site, x = Site(32, 2), torch.randn(1, 64, 64, 32)
