@@ -102,12 +102,15 @@ LAYERS = (3, 4, 5, 6, 7, 8, 9, 10, 11)
 
 
 def ats(
-    model: nn.Module, samples: int = 196, layers: Sequence[int] = LAYERS, padding_counts: bool = False
+    model: nn.Module, samples: int = 196, layers: Sequence[int] | None = None, padding_counts: bool = False
 ) -> Handle:
-    """Sample the grid tokens at `samples` steps in each of the blocks `layers`: at most so many stay."""
+    """Sample the grid tokens at `samples` steps in each of the blocks `layers`: at most so many stay.
+
+    By default 3 to 11 of 12 blocks, at the same shares of another depth.
+    """
     if samples < 2:
         raise SaccadeError(f"ats: samples={samples}; give at least 2 steps")
-    chosen = chosen_layers(model, "ats", layers)
+    chosen = chosen_layers(model, "ats", layers, LAYERS)
 
     def build(number: int, **host: Any) -> nn.Module:
         return AtsBlock(samples * (number in chosen), padding_counts, **host)

@@ -82,10 +82,16 @@ class EvitBlock(HostBlock):
         return torch.cat(parts, 1)
 
 
-def evit(model: nn.Module, keep: float = 0.7, layers: Sequence[int] = (3, 6, 9), fuse: bool = True) -> Handle:
-    """Keep the share `keep` of the grid tokens in each of the blocks `layers`; `fuse` the others into one token."""
+LAYERS = (3, 6, 9)
+
+
+def evit(model: nn.Module, keep: float = 0.7, layers: Sequence[int] | None = None, fuse: bool = True) -> Handle:
+    """Keep the share `keep` of the grid tokens in each of the blocks `layers`; `fuse` the others into one token.
+
+    By default 3, 6 and 9 of 12 blocks, at the same shares of another depth.
+    """
     check_rate("evit", "keep", keep)
-    chosen = chosen_layers(model, "evit", layers)
+    chosen = chosen_layers(model, "evit", layers, LAYERS)
     return open_blocks(model, "evit", lambda number, **host: EvitBlock(number in chosen, keep, fuse, **host),
                        needs_class_token=True)
 
@@ -110,7 +116,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def evit_deit(
-    dim: int, depth: int, heads: int, keep: float = 0.7, layers: Sequence[int] = (3, 6, 9), fuse: bool = True,
+    dim: int, depth: int, heads: int, keep: float = 0.7, layers: Sequence[int] = LAYERS, fuse: bool = True,
     patch: int = 16, mixer: Any = None, **common: Any,
 ) -> Plain:
     """A DeiT of a size with EViT applied."""

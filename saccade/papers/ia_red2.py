@@ -113,10 +113,13 @@ LAYERS = (0, 4, 8)
 
 
 def ia_red2(
-    model: nn.Module, layers: Sequence[int] = LAYERS, threshold: float = 0.5, heads: int = 6
+    model: nn.Module, layers: Sequence[int] | None = None, threshold: float = 0.5, heads: int = 6
 ) -> Handle:
-    """Put an interpreter before each of the blocks `layers`; its weights are to be trained."""
-    chosen = chosen_layers(model, "ia_red2", layers)
+    """Put an interpreter before each of the blocks `layers`; its weights are to be trained.
+
+    By default before 0, 4 and 8 of 12 blocks, at the same shares of another depth.
+    """
+    chosen = chosen_layers(model, "ia_red2", layers, LAYERS)
     if threshold:
         check_rate("ia_red2", "threshold", threshold)
 

@@ -99,10 +99,13 @@ class SlimmingBlock(HostBlock):
         return torch.cat([tokens[:, :self.prefix], slimmed], 1)
 
 
-def self_slimmed(model: nn.Module, layers: Sequence[int] = (3, 6, 9), keep: float = 0.5) -> Handle:
-    """Slim after the blocks `layers`, each time to the share `keep` of the tokens; its weights are to be trained."""
+def self_slimmed(model: nn.Module, layers: Sequence[int] | None = None, keep: float = 0.5) -> Handle:
+    """Slim after the blocks `layers`, each time to the share `keep` of the tokens; its weights are to be trained.
+
+    By default after 3, 6 and 9 of 12 blocks, at the same shares of another depth.
+    """
     check_rate("self_slimmed", "keep", keep)
-    chosen = sorted(chosen_layers(model, "self_slimmed", layers))
+    chosen = sorted(chosen_layers(model, "self_slimmed", layers, (3, 6, 9)))
     counts = dict(zip(chosen, slimmed_counts(torch.Size(native_grid(model)).numel(), keep, len(chosen)), strict=True))
 
     def build(number: int, block: Any, **host: Any) -> nn.Module:

@@ -194,9 +194,16 @@ def blocks_of(model: nn.Module, method: str) -> nn.ModuleList | nn.Sequential:
     return blocks
 
 
-def chosen_layers(model: nn.Module, method: str, layers: Sequence[int]) -> frozenset[int]:
-    """The numbers of a host's blocks that a method names, checked; negative ones count from the end."""
+def chosen_layers(
+    model: nn.Module, method: str, layers: Sequence[int] | None, of_twelve: Sequence[int] = ()
+) -> frozenset[int]:
+    """The numbers of a host's blocks that a method names, checked; negative ones count from the end.
+
+    None are those `of_twelve` blocks, the published ones, at the same shares of the host's own depth.
+    """
     depth = len(blocks_of(model, method))
+    if layers is None:
+        layers = [layer * depth // 12 for layer in of_twelve]
     for layer in layers:
         if not -depth <= layer < depth:
             raise SaccadeError(f"{method}: layers has {layer}, and the host has the blocks 0 to {depth - 1}")

@@ -123,6 +123,24 @@ def test_kept_tokens_are_told(name):
             torch.testing.assert_close(part.weights.sum(-1), torch.ones_like(part.weights.sum(-1)))
 
 
+def test_a_shallow_host_is_reduced_where_a_deep_one_is():
+    """What a method does by default to 12 blocks it does to 6, at the same shares of the depth."""
+    for name, wanted in (("evit", (1, 3, 4)), ("ats", (1, 2, 3, 4, 5)), ("self_slimmed", (1, 3, 4)),
+                         ("ia_red2", (0, 2, 4))):
+        model = host("ours")
+        image = pictures(model)
+        options = {"heads": 4} if name == "ia_red2" else {}
+        torch.manual_seed(1)  # of the weights that a method adds
+        apply(model, name, **options)
+        with torch.no_grad():
+            out = model(image)
+        asked = host("ours")
+        torch.manual_seed(1)
+        apply(asked, name, layers=wanted, **options)
+        with torch.no_grad():
+            assert torch.equal(asked(image), out) and asked.blocks[wanted[0]].drops(), name
+
+
 def test_hosts_that_are_not_understood():
     for model, words in ((create_model("swin_nano"), "plain vision transformer"),
                          (create_model("convit_nano"), "softmax attention"),

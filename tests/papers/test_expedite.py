@@ -10,7 +10,9 @@ from transformers import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from saccade import SaccadeError, apply, create_model
-from saccade.papers.expedite import cluster, reconstruct
+from saccade.papers.expedite import bands, cluster, near_cells, reconstruct
+from saccade.parts.attention import Attention
+from saccade.parts.plain import Plain
 from tests.contracts.registered import randomised
 
 
@@ -29,6 +31,26 @@ def test_clustering_beside_loops():
                 total[key], weight[key] = total[key] + share * x[0][place], weight[key] + share
         centroids = {key: total[key] / weight[key] for key in centroids}
     torch.testing.assert_close(found, torch.stack(list(centroids.values())))
+
+
+def test_bands_hold_all_clusters_that_are_near():
+    """Every token is in one band, whose clusters are all those that it may belong to."""
+    for grid, cells, radius in (((5, 7), (2, 3), 1), ((32, 32), (22, 22), 2), ((14, 14), (9, 9), 2),
+                                ((3, 2), (5, 4), 1), ((6, 5), (3, 5), 0), ((1, 9), (1, 4), 2)):
+        near, left = near_cells(grid, cells, radius, torch.device("cpu")) == 0, list(range(grid[0] * grid[1]))
+        for here, reach in bands(grid, cells, radius):
+            assert left[:here.stop - here.start] == list(range(here.start, here.stop))
+            left = left[here.stop - here.start:]
+            assert near[reach, here].sum() == near[:, here].sum()
+        assert not left
+
+
+def test_the_default_is_the_published_setting():
+    """ViT-L at 640 pixels: clusters after ten blocks of 24, 28 x 28 of them (Expedit-Segmenter, location 9 from 0)."""
+    host = Plain(dim=8, depth=24, heads=1, patch=16, img_size=640, mixer=Attention)
+    apply(host, "expedite")
+    assert [block.begins for block in host.blocks].index(True) == 10
+    assert host.blocks[10].hourglass.cells((40, 40)) == (28, 28)
 
 
 def test_reconstruction_beside_loops():

@@ -1,4 +1,4 @@
-"""Sparsifiner: the gathered form is the masked one, and the masks are what they are said to be."""
+"""Sparsifiner: the sparse and the gathered form are the masked one, and the masks are what they are said to be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade import SaccadeError, apply, create_model
-from saccade.papers.sparsifiner import at_columns
+from saccade.papers.sparsifiner import at_columns, gathered_rows
 from tests.contracts.registered import randomised
 
 
@@ -16,6 +16,8 @@ def test_attention_at_columns_is_masked_attention():
     hidden = torch.full((2, 3, 11, 11), -torch.inf, dtype=torch.float64).scatter(-1, columns, 0.0)
     wanted = (q @ k.transpose(-2, -1) / 8**0.5 + hidden).softmax(-1) @ v
     torch.testing.assert_close(at_columns(q, k, v, columns), wanted)
+    places = columns + 11 * torch.arange(6).view(2, 3, 1, 1)
+    torch.testing.assert_close(gathered_rows(q, k, v, places), wanted)
 
 
 def test_masks_and_both_forms():
