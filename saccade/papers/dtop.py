@@ -149,9 +149,10 @@ class DToP(nn.Module):
                                      for number, block in enumerate(trunk.blocks[:stages[-1] + 1]))
         self.heads = nn.ModuleList(MaskHead(trunk.num_features, dim, classes, layers, heads) for _ in stages)
 
-    def run(self, image: Tensor) -> list[Stage]:
-        """Every head's view, the last one's being the result."""
-        tokens = self.trunk.tokens(image)[0][:, self.trunk.prefix_count:]
+    def run(self, image: Tensor) -> tuple[list[Stage], tuple[int, ...]]:
+        """Every head's view, the last one's being the result, and the grid of the tokens."""
+        tokens, grid = self.trunk.tokens(image)
+        tokens = tokens[:, self.trunk.prefix_count:]
         count, seen = tokens.shape[1], []
         self.kept.start(tokens)
         self.kept.numbers = self.kept.numbers.expand(len(tokens), -1)
@@ -169,7 +170,7 @@ class DToP(nn.Module):
                 index, real = packed(self.undecided(certainty(found, classes), self.thresholds[place]))
                 tokens = gathered(tokens, index)
                 self.kept.choose(index, real=real)
-        return seen
+        return seen, grid
 
     def undecided(self, scores: Tensor, threshold: float) -> Tensor:
         """Which tokens stay (B, N), by their scores (B, K, N): all below the threshold, the best five of each class."""
@@ -190,8 +191,7 @@ class DToP(nn.Module):
         return padded.scatter(1, index, tokens.to(whole.dtype))[:, :-1]
 
     def forward(self, image: Tensor) -> Tensor | dict[str, Tensor]:
-        seen = self.run(image)
-        grid = tuple(-(-side // self.trunk.stem.stride) for side in image.shape[2:])
+        seen, grid = self.run(image)
         scores = seen[-1].scores.unflatten(-1, grid)
         out = F.interpolate(scores, size=image.shape[2:], mode="bilinear", align_corners=False)
         if not self.training:

@@ -47,7 +47,7 @@ def test_no_threshold_is_no_pruning_and_lower_ones_prune_more():
 def test_masks_of_tokens_that_left_are_kept():
     model, image = narrow((0.2, 1.0, 1.0)), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        first, second, third = model.run(image)
+        (first, second, third), _ = model.run(image)
     left = (third.features == 0).all(-1)[0]
     assert 0 < int(left.sum()) < 64
     assert torch.equal(second.masks[0, :, left], first.masks[0, :, left])

@@ -18,7 +18,7 @@ class AllStages(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        *others, last = self.model.run(image)
+        (*others, last), _ = self.model.run(image)
         grid = self.model.trunk.grid
         maps = {f"feat{number}": stage for number, stage in enumerate(others)} | {"feat_last": last}
         scores = F.interpolate(last.scores.unflatten(-1, grid), size=image.shape[2:], mode="bilinear")
