@@ -246,7 +246,7 @@ def test_in_a_browser(page: Path) -> None:
         seen.locator("#heads button").nth(2).click()
         assert canvas("#places canvas") != mean and names("#heads") == ["mean", "head 1", "head 2"]
         seen.locator("#layers button").nth(5).click()
-        assert names("#tokens")[3] == "blocks.3: 39 of 64 and 1 made of several"
+        assert names("#tokens")[3] == "blocks.3 39 of 64 + 1"
 
         seen.get_by_role("tab").nth(1).click()
         assert "1-" in seen.locator("h1 span").inner_text() and canvas("#map canvas") != first
