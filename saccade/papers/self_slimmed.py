@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -157,15 +157,16 @@ class SelfSlimmed(Plain):
 
     def __init__(
         self, dim: int, stages: Sequence[int], heads: int, *, keep: float, ratio: float, divisor: float,
-        in_chans: int = 3, **common: Any,
+        convs: int = 4, in_chans: int = 3, **common: Any,
     ) -> None:
         super().__init__(dim, sum(stages), heads, in_chans=in_chans, norm=nn.LayerNorm,
                          mixer=partial(Attention, qkv_bias=False),
                          block=partial(divided_block, ratio=ratio, divisor=divisor), **common)
         layers: list[nn.Module] = []
-        widths = [in_chans, dim // 8, dim // 4, dim // 2, dim]
-        for before, after in zip(widths, widths[1:], strict=False):
-            layers += [*conv_norm(len(self.grid), before, after, stride=2), Gelu()]
+        widths = [in_chans, *[dim // 8] * (convs - 3), dim // 4, dim // 2, dim]
+        for number, (before, after) in enumerate(pairwise(widths)):
+            stride = 1 if 0 < number <= convs - 4 else 2
+            layers += [*conv_norm(len(self.grid), before, after, stride=stride), Gelu()]
         self.stem = ConvStem(*layers[:-1])  # type: ignore[assignment]
         ends = list(accumulate(stages))
         whole = torch.Size(self.grid).numel()
@@ -193,15 +194,16 @@ SIZES: dict[str, dict[str, Any]] = {
         ("medium", 512, (10, 4, 3, 3), 8), ("large", 768, (10, 4, 3, 7), 12),
     )
 }
+SIZES["sit_lvvit_large"] |= dict(convs=6, divisor=3.0, img_size=288)
 
 
 def sit_lvvit(
     dim: int, stages: Sequence[int], heads: int, keep: float = 0.5, ratio: float = 3.0, divisor: float = 2.0,
-    patch: int = 16, mixer: Any = None, **common: Any,
+    convs: int = 4, patch: int = 16, mixer: Any = None, **common: Any,
 ) -> SelfSlimmed:
     """A SiT of a size."""
-    return SelfSlimmed(dim, stages, heads, keep=keep, ratio=ratio, divisor=divisor, patch=patch, replace=mixer,
-                       **common)
+    return SelfSlimmed(dim, stages, heads, keep=keep, ratio=ratio, divisor=divisor, convs=convs, patch=patch,
+                       replace=mixer, **common)
 
 
 SLIMMING: KeyMap = (
@@ -214,12 +216,15 @@ REVERSE: KeyMap = (
 )
 STEM: KeyMap = tuple(
     (rf"patch_embed\.{theirs}{layer}\.(.*)", rf"stem.{3 * (layer - 1) + ours}.\1")
-    for layer in range(1, 5) for theirs, ours in (("conv", 0), ("bn", 1))
+    for layer in range(1, 7) for theirs, ours in (("conv", 0), ("bn", 1))
 )
 
 
 def AUTHORS(name: str) -> KeyMap:
-    """The authors' names: their slimming modules stand in a list, ours in the blocks before them."""
+    """The authors' names: their slimming modules stand in a list, ours in the blocks before them.
+
+    Their reverse modules have the numbers of the blocks, ours begin with the first that slims.
+    """
     return authors_names(SIZES[name]["stages"])
 
 
@@ -229,7 +234,8 @@ def authors_names(stages: Sequence[int]) -> KeyMap:
         Dropped(r"aux_head\..*", "a head that the slimmed network never asks"),
         *(rule for number, end in enumerate(list(accumulate(stages))[:-1])
           for rule in within(SLIMMING, rf"tsm\.{number}\.", f"blocks.{end - 1}.slim.")),
-        *within(REVERSE, r"rtsm\.(\d+)\.", r"reverse.\1."),
+        *(rule for number in range(sum(stages[1:]) + 1)
+          for rule in within(REVERSE, rf"rtsm\.{number + stages[0] - 1}\.", f"reverse.{number}.")),
         *STEM, *DEIT,
     )
 

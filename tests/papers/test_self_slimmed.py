@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from saccade import create_model
-from saccade.papers.self_slimmed import TokenSlimming, recalibration_loss, sit_lvvit, slimmed_counts
+from saccade.core.keymap import rename
+from saccade.papers.self_slimmed import (
+    AUTHORS,
+    SIZES,
+    TokenSlimming,
+    recalibration_loss,
+    sit_lvvit,
+    slimmed_counts,
+)
 
 
 def test_slimming_gives_mixtures_of_tokens():
@@ -22,6 +31,21 @@ def test_slimming_gives_mixtures_of_tokens():
 
 def test_counts():
     assert slimmed_counts(196, 0.5, 3) == [98, 49, 24] and slimmed_counts(4, 0.1, 2) == [1, 1]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_authors_names_of_every_size(name):
+    """Their reverse modules are counted by blocks, and the stem of the largest has two convolutions more."""
+    with torch.device("meta"):
+        ours = {key for key in create_model(name).state_dict()
+                if key.startswith(("reverse.", "stem.")) and "num_batches" not in key}
+    stages, parts = SIZES[name]["stages"], ("norm1", "mlp1.fc1", "mlp1.fc2", "norm2", "mlp2.fc1", "mlp2.fc2")
+    blocks, convs = range(stages[0] - 1, sum(stages)), range(1, 7 if name == "sit_lvvit_large" else 5)
+    theirs = [f"rtsm.{block}.{part}.{kind}" for block in blocks for part in parts for kind in ("weight", "bias")]
+    theirs += [f"patch_embed.conv{conv}.weight" for conv in convs]
+    theirs += [f"patch_embed.bn{conv}.{kind}" for conv in convs
+               for kind in ("weight", "bias", "running_mean", "running_var")]
+    assert set(rename(dict.fromkeys(theirs, torch.zeros(1)), AUTHORS(name)).state) == ours
 
 
 def test_recovered_tokens_learn_from_a_teacher():
