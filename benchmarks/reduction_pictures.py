@@ -50,7 +50,12 @@ def screenshot(view: Page, source: Path, title: str, target: Path) -> None:
     """The section of a page whose heading has the id `title`."""
     view.goto(source.resolve().as_uri())
     view.wait_for_timeout(1500)
-    view.locator(f"section:has(#{title})").last.screenshot(path=target)
+    box = view.locator(f"section:has(#{title})").bounding_box()
+    assert box is not None
+    edge = 24  # of the page around the section
+    view.screenshot(path=target, full_page=True, clip={
+        "x": box["x"] - edge, "y": box["y"] - edge, "width": box["width"] + 2 * edge,
+        "height": box["height"] + 2 * edge})
 
 
 def main() -> None:
@@ -64,7 +69,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "saccade.cli", *words[1:]], cwd=out, check=True)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        view = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
+        view = browser.new_page(viewport={"width": 900, "height": 900}, device_scale_factor=1.5)
         screenshot(view, out / "reduced" / "report.html", "reductions-title", DOCS / "reduction.png")
         screenshot(view, out / "kept.html", "tokens-title", DOCS / "kept.png")
         browser.close()
