@@ -127,7 +127,7 @@ class SparseBlock(HostBlock):
 def at_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor) -> Tensor:
     """Attention of each query to keys of its own: q (B, h, N, d), k, v (B, h, M, d), columns (B, h, N, K)."""
     first = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[0], -1, 1, 1) * k.shape[2]
-    sparse = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    sparse = q.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
     return (sparse_rows if sparse else gathered_rows)(q, k, v, columns + first)
 
 
