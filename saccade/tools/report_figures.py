@@ -106,13 +106,17 @@ def reductions(finished: list[Contestant], styles: Styles) -> Any:
     if not lines:
         return None
     figure = _figure(height=460, x="Latency p50, ms", y="Accuracy, %")
+    alone = len({host for host, _ in lines}) == 1  # then colours are free to tell methods apart
     for number, ((host, method), points) in enumerate(lines.items()):
-        points = sorted([timed[host], *points], key=lambda one: -(latency(one, "p50") or 0))
-        colour = styles[host]["colour"]
+        # The host first, also where its slowest rate is slower than the host itself.
+        points = [timed[host], *sorted(points, key=lambda one: -(latency(one, "p50") or 0))]
+        colour = COLOURS[number % len(COLOURS)] if alone else styles[host]["colour"]
         symbols = ["square" if one["name"] == host else "circle" for one in points]
         figure.add_scatter(
             x=[latency(one, "p50") for one in points], y=[100 * accuracy(one)["value"] for one in points],
-            mode="lines+markers", name=inert(short(f"{host}+{method}")), hoverinfo="text", cliponaxis=False,
+            text=["", *(inert(one["method"].partition(":")[2]) for one in points[1:])], textposition="bottom right",
+            textfont={"size": 11}, mode="lines+markers" + ("+text" if alone else ""),
+            name=inert(short(f"{host}+{method}")), hoverinfo="text", cliponaxis=False,
             hovertext=[f"<b>{inert(one['name'])}</b><br>accuracy {percent(accuracy(one)['value'])}<br>"
                        f"latency p50 {digits(latency(one, 'p50') or 0)} ms" for one in points],
             line={"color": colour, "dash": DASHES[number % len(DASHES)], "width": 2},

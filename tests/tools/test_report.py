@@ -268,11 +268,13 @@ def test_methods_are_lines_from_their_host_through_their_rates(results: dict[str
     assert reductions(finished, styles) is None
     host = next(one for one in finished if one["kind"] == "model")
     rates = [host | {"name": f"{host['name']}+evit:keep={keep}", "host": host["name"], "method": f"evit:keep={keep}",
-                     "latency_ms": {"p50": keep * host["latency_ms"]["p50"], "p95": 1.0}} for keep in (0.5, 0.9)]
+                     "latency_ms": {"p50": share * host["latency_ms"]["p50"], "p95": 1.0}}
+             for keep, share in ((0.5, 0.5), (0.7, 0.9), (0.9, 1.1))]
     figure = reductions([*rates, *finished], styles_of([*rates, *finished]))
-    wanted = [host["latency_ms"]["p50"] * share for share in (1, 0.9, 0.5)]
+    wanted = [host["latency_ms"]["p50"] * share for share in (1, 1.1, 0.9, 0.5)]
     assert len(figure.data) == 1 and list(figure.data[0].x) == wanted
-    assert list(figure.data[0].marker.symbol) == ["square", "circle", "circle"]
+    assert list(figure.data[0].marker.symbol) == ["square", "circle", "circle", "circle"]
+    assert list(figure.data[0].text) == ["", "keep=0.9", "keep=0.7", "keep=0.5"]
 
 
 def test_numbers_are_written_with_three_digits() -> None:
