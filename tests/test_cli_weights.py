@@ -118,6 +118,13 @@ def test_check_prints_a_card_line(capsys: Capture, weights: Path, validation: Pa
     assert name == "convnext_nano" and entry.reproduced.startswith("Ada, 20") and entry.reproduced.endswith(", 0.40")
     assert (entry.source, entry.crop, entry.bytes) == (weights.as_uri(), 0.9, weights.stat().st_size)
     assert not list(cache.glob("check-*"))
+    hub = "hf:owner/name/convnext_nano_v1.pth"  # a file on the hub, as if it had been had from there
+    index()["papers"]["convnext"]["weights"]["convnext_nano"]["source"] = hub
+    assert run(capsys, "weights", "import", weights)[0] == 0
+    lock = json.loads((cache / "weights.lock.json").read_text())
+    (cache / "weights.lock.json").write_text(json.dumps(lock | {hub: lock[hub] | {"revision": "c0ffee"}}))
+    line = run(capsys, "weights", "check", "convnext_nano", "--data", validation)[1].splitlines()[1]
+    assert line.startswith(f'"convnext_nano": Weights(\'{hub}@c0ffee\', sha256=')
     assert "no sub-folders with images" in failed(capsys, "weights", "check", "convnext_nano", "--data", cache)
     for folder in validation.glob("n09*"):
         for picture in folder.iterdir():

@@ -81,7 +81,8 @@ def check(
     name, path = resolve_model(name), store.weights_file(name)
     if not is_backbone(name):
         raise SaccadeError(f"{name} is no classifier: there is no top-1 to check")
-    weights = replace(store.published(name), sha256=sha256_of(path), bytes=path.stat().st_size)
+    weights = store.published(name)
+    weights = replace(weights, source=store.pinned(weights.source), sha256=sha256_of(path), bytes=path.stat().st_size)
     model = saccade.create_model(name, pretrained=True)
     resume = cache_folder() / f"check-{hashlib.sha256(f'{data.resolve()} {weights}'.encode()).hexdigest()[:16]}.json"
     with Watch(Console(stderr=True)).bar(f"checking {name}", 1) as bar:

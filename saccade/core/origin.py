@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saccade.core.files import sha256_of
-from saccade.core.weights import PERMISSIVE, identified, published
-
-FREE = frozenset(licence.lower() for licence in PERMISSIVE)
+from saccade.core.weights import identified, permits, published
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Origin:
     @property
     def warning(self) -> str:
         """What to heed before the trained model is used, in one line; empty where the licence is permissive."""
-        if not self.licence or self.licence.lower() in FREE:
+        if not self.licence or permits(self.licence):
             return ""
         if self.licence == "unknown":
             return (f"the starting weights ({self.source}) are of unknown licence: ask who trained them before you use "

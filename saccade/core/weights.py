@@ -62,7 +62,12 @@ def status(name: str) -> str:
 def is_permissive(name: str) -> bool:
     """Whether a model has weights under a permissive licence."""
     name = resolve_model(name)
-    return name in index()["papers"][model_paper(name)]["weights"] and published(name).licence in PERMISSIVE
+    return name in index()["papers"][model_paper(name)]["weights"] and permits(published(name).licence)
+
+
+def permits(licence: str) -> bool:
+    """Whether a licence, by its SPDX name in letters of any case, is a permissive one."""
+    return licence.lower() in map(str.lower, PERMISSIVE)
 
 
 def is_obtainable(name: str) -> bool:
@@ -96,6 +101,12 @@ def hub(source: str) -> Hub | None:
     return None
 
 
+def pinned(source: str) -> str:
+    """The source at the commit that the hub gave at its first use on this machine; as it is where there is none."""
+    found, lock = hub(source), _locked(source)
+    return f"{source.partition('@')[0]}@{lock['revision']}" if found and lock and "revision" in lock else source
+
+
 def file_name(source: str) -> str:
     """The name of the file that a source gives."""
     found = hub(source)
@@ -106,7 +117,8 @@ def weights_file(name: str) -> Path:
     """The file of a model's trained weights, downloaded unless it is on this machine.
 
     What was imported comes first, then the source and its mirrors in turn. The hash must be the card's or, where that
-    is unknown, the one of the first use, which is kept in `weights.lock.json` in the cache.
+    is unknown, the one of the first use, which is kept in `weights.lock.json` in the cache. So is the commit of a file
+    on the hub: it comes from there ever after, whatever is put on its branch.
 
     Raises SaccadeError where there are no weights, no place answers, or the hash is another.
     """
@@ -128,7 +140,7 @@ def weights_file(name: str) -> Path:
         except Unreachable as problem:
             problems.append(str(problem))
             continue
-        _remember(weights, path)
+        _remember(weights, path, source)
         return path
     raise SaccadeError(f"{name}: {'; '.join(problems)}")
 
@@ -139,7 +151,7 @@ def cached_file(name: str) -> Path | None:
     for source in (weights.source, *weights.mirrors):
         if place(source).is_file():
             return place(source)
-        if (found := hub(source)) is not None:
+        if (found := hub(pinned(source))) is not None:
             from huggingface_hub import try_to_load_from_cache
 
             path = try_to_load_from_cache(found.repository, found.file, revision=found.revision)
@@ -172,13 +184,13 @@ def import_weights(file: Path, name: str | None = None) -> tuple[str, Path]:
     path = place(weights.source)
     path.parent.mkdir(parents=True, exist_ok=True)
     copy_whole(file, path)
-    _remember(weights, path)
+    _remember(weights, path, weights.source)
     return resolve_model(name), path
 
 
 def _get(source: str, expected: str | None) -> Path:
     """The file of one place; Unreachable where it cannot be had, WrongHash where it is another."""
-    kept, found = place(source), hub(source)
+    kept, found = place(source), hub(pinned(source))
     if found is None and not kept.is_file():
         if _by_hand(source):
             remedy = "download it in a browser, then `saccade weights import FILE --model NAME`"
@@ -231,8 +243,8 @@ def _locks() -> dict[str, Any]:
         raise SaccadeError(f"{path}: damaged ({problem}); mend it, or remove it to trust the files anew") from None
 
 
-def _remember(weights: Weights, path: Path) -> None:
-    """Writes the first use of a source to the lock file, after its size was checked."""
+def _remember(weights: Weights, path: Path, source: str) -> None:
+    """Writes the first use of weights, whose file `source` gave, to the lock file, after its size was checked."""
     size = path.stat().st_size
     if weights.bytes not in (None, size):
         remedy = "remove it and get it again"
@@ -240,8 +252,9 @@ def _remember(weights: Weights, path: Path) -> None:
     if _locked(weights.source):
         return
     entry = {"sha256": sha256_of(path), "bytes": size, "first_used": date.today().isoformat()}
-    if path.parent.parent.name == "snapshots":  # the hub's cache keeps a folder a commit
-        entry["revision"] = path.parent.name
+    found = hub(source)
+    if found is not None and source == weights.source and path != place(source):
+        entry["revision"] = path.parents[found.file.count("/")].name  # the hub's cache keeps a folder a commit
     cache_folder().mkdir(parents=True, exist_ok=True)
     with FileLock(cache_folder() / f".{LOCK}.lock"):
         locks = _locks()

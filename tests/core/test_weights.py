@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
@@ -20,6 +22,7 @@ from saccade.core import weights as store
 from saccade.core.card import Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.index import index, paper_module
+from saccade.core.origin import of_model
 from tests.core.test_download import CONTENT, HASH, Handler, server  # noqa: F401  a fixture
 
 Publish = Callable[..., Weights]
@@ -224,26 +227,35 @@ def test_import_finds_the_model_and_refuses_what_does_not_load(publish: Publish,
 
 # --- the hub ---------------------------------------------------------------------------------------
 
-COMMIT = "c0ffee" * 6 + "beef"
+COMMIT, NEWER = "c0ffee" * 6 + "beef", "decade" * 6 + "feed"
+CHANGED = CONTENT[::-1]
 
 
 class Hub(Handler):
-    """One file of one repository, as the hub serves it."""
+    """Two repositories of one file, as the hub serves them; `branches` says at which commit they stand."""
+
+    branches: dict[str, str] = {}
+    files = ("/timm/swin_nano.test/resolve/{}/model.safetensors", "/owner/name/resolve/{}/weights/model.pth")
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers["Range"]))
-        if self.path.endswith("/timm/swin_nano.test/resolve/main/model.safetensors"):
-            self.answer(CONTENT, {"ETag": f'"{HASH}"', "X-Repo-Commit": COMMIT, "Content-Type": "application/binary"})
-        else:
+        revisions = {name: name for name in (COMMIT, NEWER)} | self.branches
+        commit = {file.format(name): commit for name, commit in revisions.items() for file in self.files}.get(self.path)
+        if commit is None:
             self.send_error(404)
+            return
+        content = {COMMIT: CONTENT, NEWER: CHANGED}[commit]
+        self.answer(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit,
+                              "Content-Type": "application/binary"})
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(Handler, "asked", [])
+    monkeypatch.setattr(Hub, "branches", {"main": COMMIT, "v1": COMMIT})
     running = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     for name in ("no_proxy", "NO_PROXY"):
@@ -269,10 +281,46 @@ def test_sources_on_the_hub_use_its_own_cache(hub: Path, publish: Publish, cache
     assert "remove it and get it again" in error()
 
 
+@pytest.mark.parametrize("source", ["timm:swin_nano.test", "hf:owner/name/weights/model.pth@v1"])
+def test_the_commit_of_the_first_use_stays(
+    hub: Path, publish: Publish, cache: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Whatever a branch or a tag becomes: from the cache, and from the hub where the cache was cleared."""
+    publish(source)
+    assert store.pinned(source) == source
+    found = store.weights_file("swin_nano")
+    assert locks(cache)[source]["revision"] == COMMIT and locks(cache)[source]["sha256"] == HASH
+    assert store.pinned(source) == f"{source.partition('@')[0]}@{COMMIT}"
+    monkeypatch.setattr(Hub, "branches", {"main": NEWER, "v1": NEWER})
+    assert store.weights_file("swin_nano") == store.cached_file("swin_nano") == found
+    shutil.rmtree(hub)
+    assert store.cached_file("swin_nano") is None
+    found, asked = store.weights_file("swin_nano"), Handler.asked[-1][0]
+    assert found.read_bytes() == CONTENT and f"/resolve/{COMMIT}/" in asked
+    (cache / store.LOCK).unlink()  # how a person takes the new one
+    assert store.weights_file("swin_nano").read_bytes() == CHANGED and locks(cache)[source]["revision"] == NEWER
+
+
+def test_a_commit_on_the_card(hub: Path, publish: Publish, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = f"timm:swin_nano.test@{COMMIT}"
+    monkeypatch.setattr(Hub, "branches", {"main": NEWER})
+    publish(source, sha256=HASH, bytes=len(CONTENT))
+    assert store.weights_file("swin_nano").read_bytes() == CONTENT
+    assert locks(cache)[source]["revision"] == COMMIT and store.pinned(source) == source
+    publish(f"timm:swin_nano.test@{NEWER}", sha256=HASH)
+    assert f"not {HASH}" in error()
+
+
+def test_a_mirror_has_no_commit_of_the_source(hub: Path, publish: Publish, cache: Path) -> None:
+    publish("hf:owner/lost/model.pth", mirrors=("timm:swin_nano.test",))
+    assert store.weights_file("swin_nano").read_bytes() == CONTENT
+    assert "revision" not in locks(cache)["hf:owner/lost/model.pth"]
+
+
 def test_what_the_hub_lacks(hub: Path, publish: Publish) -> None:
-    publish("hf:owner/name/weights/model.pth@v1")
-    assert error().startswith("swin_nano: hf:owner/name/weights/model.pth@v1: ")
-    assert any("/owner/name/resolve/v1/weights/model.pth" in path for path, _ in Handler.asked)
+    publish("hf:owner/name/weights/model.pth@v2")
+    assert error().startswith("swin_nano: hf:owner/name/weights/model.pth@v2: ")
+    assert any("/owner/name/resolve/v2/weights/model.pth" in path for path, _ in Handler.asked)
 
 
 @pytest.mark.parametrize(
@@ -318,9 +366,12 @@ def test_obtainable(publish: Publish, tmp_path: Path) -> None:
 
 
 def test_permissive(publish: Publish) -> None:
-    for licence, wanted in (("MIT", True), ("CC-BY-NC-4.0", False), ("unknown", False), ("Apache-2.0", True)):
+    """By the list's rule, of any case, which is that of the warning to users, too."""
+    for licence, wanted in (("MIT", True), ("CC-BY-NC-4.0", False), ("unknown", False), ("Apache-2.0", True),
+                            ("apache-2.0", True), ("mit", True), ("Mit-0", False), ("cc-by-nc-4.0", False)):
         publish("https://example.org/a.pth", licence=licence)
-        assert store.is_permissive("swin_nano") is wanted
+        assert store.is_permissive("swin_nano") is store.permits(licence) is wanted
+        assert bool(of_model("swin_nano").warning) is not wanted
     assert not store.is_permissive("nat_nano")
 
 
