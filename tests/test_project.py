@@ -68,6 +68,26 @@ def test_the_workflow_installs_what_make_installs():
     assert any(f".[{extras}]" in step.get("run", "") for step in lowest)
 
 
+def packages(extra):
+    """What an extra installs, by the names under which Python imports it."""
+    imported = {"scikit-learn": "sklearn", "scikit-image": "skimage"}
+    named = (re.match(r"[\w-]+", line)[0] for line in PROJECT["optional-dependencies"][extra])
+    return {imported.get(name, name) for name in named}
+
+
+def test_the_library_uses_what_its_extras_install():
+    """What is missing is asked for by the extra that brings it, and an extra brings nothing else."""
+    extras = [name for name in PROJECT["optional-dependencies"] if name not in ("all", "docs", "dev")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "saccade").rglob("*.py"))
+    asked = re.findall(r'optional\("(\w+)[\w.]*", extra="(\w+)"\)', source)
+    assert len(asked) > 30 and {extra for _, extra in asked} == set(extras)
+    assert all(module in packages(extra) for module, extra in asked)
+    for module in set().union(*map(packages, extras)):
+        assert re.search(rf'import {module}\b|from {module}\b|"{module}[".]', source), f"nothing uses {module}"
+    wanted = ",".join(name for name in extras if name != "natten")  # which is built for one CUDA and one torch
+    assert PROJECT["optional-dependencies"]["all"] == [f"saccade[{wanted}]"]
+
+
 def test_citation_and_version_agree():
     citation = read(ROOT / "CITATION.cff")
     assert str(citation["version"]) == saccade.__version__ == PROJECT["version"]

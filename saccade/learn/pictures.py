@@ -22,6 +22,7 @@ from saccade.core.errors import SaccadeError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")  # of what scenes and restoration take
 SMALLEST = 2  # pixels a side: below, there is nothing to scale
 THUMB = (9, 8)  # width, height: eight differences a row, eight rows, 64 bits
 NEAR_BITS = 2

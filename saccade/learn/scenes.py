@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saccade.core.errors import SaccadeError
 from saccade.core.optional import optional
+from saccade.learn.pictures import SUFFIXES as PICTURES
 from saccade.learn.pictures import check_each, content_of, read_image, reason
 from saccade.learn.transforms import Items, normalise
 from saccade.papers.multimae import CLASSES, SHRINK
@@ -33,7 +34,6 @@ v2 = optional("torchvision.transforms.v2", extra="train")
 tv_tensors = optional("torchvision.tv_tensors", extra="train")
 
 FOLDERS = {"rgb": "rgb", "depth": "depth", "labels": "semseg"}  # to the modalities of multimae
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 SUFFIXES = {"rgb": PICTURES, "depth": (".npy", ".png", ".tif", ".tiff"), "labels": (".npy", ".png")}
 TRIMMED = 0.1  # share of the depths at either end that mean and deviation leave out
 BYTES = {"rgb": 3, "depth": 4, "labels": 1}  # a pixel

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from saccade.core.errors import SaccadeError
-from saccade.learn.pictures import read_image
+from saccade.learn.pictures import SUFFIXES, read_image
 from saccade.learn.reproducible import seed_of
 from saccade.learn.restoration.degradations import Degradation
-from saccade.learn.restoration.pictures import SUFFIXES
 from saccade.learn.transforms import CACHE_BYTES
 
 Source = Path | NDArray[np.uint8]

@@ -16,9 +16,9 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from saccade.core.errors import SaccadeError
 from saccade.core.files import fill_whole
+from saccade.learn.pictures import SUFFIXES
 from saccade.learn.restoration import deep
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
 PLAIN = {"1": "L", "YCbCr": "RGB", "LA": "LA", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 STRUCTURE = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325,
