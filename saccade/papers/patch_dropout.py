@@ -59,7 +59,7 @@ class DroppingBlock(HostBlock):
         if self.training:
             places = torch.rand(len(tokens), count, device=tokens.device).argsort(1)[:, :kept].sort(1).values
         else:
-            places = fixed_places(count, kept, tokens.device).expand(len(tokens), -1)
+            places = fixed_places(count, kept, tokens.device).expand(tokens.shape[0], -1)
         index = self.after_prefix(places)
         self.kept.choose(index)
         return gathered(tokens, index)

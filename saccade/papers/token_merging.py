@@ -63,7 +63,7 @@ class MergingBlock(HostBlock):
         sizes = self.kept.sizes
         sizes = torch.ones_like(tokens[..., 0]) if sizes is None else sizes
         stay, go, to = self.match(keys, pairs)
-        numbers = self.kept.numbers.expand(len(tokens), -1)
+        numbers = self.kept.numbers.expand(tokens.shape[0], -1)
         target = numbers.scatter(1, to, -1)  # a token made of several has no one place
         weighted = torch.cat([tokens * sizes[..., None], sizes[..., None]], -1)
         summed = weighted.scatter_add(1, to[..., None].expand(-1, -1, weighted.shape[-1]), gathered(weighted, go))
@@ -75,10 +75,11 @@ class MergingBlock(HostBlock):
         """Places of the tokens that stay (B, N - pairs), those that go (B, pairs), and where each of these goes."""
         keys = keys[:, self.prefix:] / keys[:, self.prefix:].norm(dim=-1, keepdim=True)
         alike, nearest = (keys[:, ::2] @ keys[:, 1::2].mT).max(-1)
-        order = alike.argsort(dim=1, descending=True)[:, :pairs]
+        order = alike.argsort(dim=1, descending=True).narrow(1, 0, pairs)
         go, to = 2 * order + self.prefix, 2 * nearest.gather(1, order) + 1 + self.prefix
-        leaves = torch.zeros(len(keys), keys.shape[1] + self.prefix, dtype=torch.uint8, device=keys.device)
-        stay = leaves.scatter(1, go, 1).argsort(dim=1, stable=True)[:, :leaves.shape[1] - pairs]
+        count = keys.shape[1] + self.prefix
+        places = torch.arange(count, device=keys.device).expand(keys.shape[0], -1)
+        stay = places.scatter(1, go, count).sort(1).values.narrow(1, 0, count - pairs)
         return stay, go, to
 
 

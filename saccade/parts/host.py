@@ -109,7 +109,7 @@ class HostBlock(nn.Module):
 
     def after_prefix(self, places: Tensor) -> Tensor:
         """Places (B, M) of grid tokens as (B, P + M) of the sequence, all prefix tokens first."""
-        always = torch.arange(self.prefix, device=places.device).expand(len(places), -1)
+        always = torch.arange(self.prefix, device=places.device).expand(places.shape[0], -1)
         return torch.cat([always, places + self.prefix], 1)
 
     def add_mlp(self, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ NARROW = sorted(name for name in list_models() if "_nano" in name and is_backbon
 GRIDS = [(7, 7), (8, 12), (5, 11), (1, 13), (16, 16)]
 
 
-def cases(contract: str, names: Iterable[str]) -> list[Any]:
+def cases(contract: str, names: Iterable[str], slow: Container[str] = ()) -> list[Any]:
     """The names as test parameters; a declared exception must fail."""
     broken = {entry["name"]: entry["reason"] for entry in EXCEPTIONS if entry["contract"] == contract}
-    return [pytest.param(name, marks=pytest.mark.xfail(reason=broken[name], strict=True)) if name in broken else name
-            for name in names]
+    marks = {name: [pytest.mark.xfail(reason=reason, strict=True)] for name, reason in broken.items()}
+    return [pytest.param(name, marks=marks.get(name, []) + [pytest.mark.slow] * (name in slow)) for name in names]
 
 
-def over(contract: str, names: Iterable[str]) -> Any:
-    return pytest.mark.parametrize("name", cases(contract, names))
+def over(contract: str, names: Iterable[str], slow: Container[str] = ()) -> Any:
+    return pytest.mark.parametrize("name", cases(contract, names, slow))
 
 
 def mixer(name: str, grid: tuple[int, ...] = (8, 8), dim: int = 32, heads: int = 2, index: int = 1) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from saccade import SaccadeError, apply, create_model, record
 from saccade.core.apply import KIND
 from saccade.core.index import index
+from saccade.tools.export import checked, export_square
 from saccade.tools.measure import count_macs
 from tests.contracts.registered import over, randomised
 
@@ -139,6 +140,18 @@ def test_a_shallow_host_is_reduced_where_a_deep_one_is():
         apply(asked, name, layers=wanted, **options)
         with torch.no_grad():
             assert torch.equal(asked(image), out) and asked.blocks[wanted[0]].drops(), name
+
+
+@over("test_its_graph_takes_any_batch", METHODS, slow=set(METHODS) - {"evit", "token_merging"})
+def test_its_graph_takes_any_batch(name, tmp_path):
+    """What a comparison ranks and ships: pictures of one size, in batches of any number, by onnxruntime."""
+    pytest.importorskip("onnxruntime")
+    model = host("ours")
+    apply(model, name, **OPTIONS[name][1])
+    images = pictures(model, 5)
+    assert export_square(model, tmp_path / "model.onnx", images).agree == 5
+    for count in (1, 2, 4):
+        checked(model, tmp_path / "model.onnx", images[:count])
 
 
 def test_hosts_that_are_not_understood():
