@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from math import gcd, isqrt, prod
-from operator import and_
 
 import torch
 from torch import Tensor
@@ -219,22 +217,23 @@ def score_of(bias: Bias, tables: Tensor) -> Score:
 
 
 def _in_the_run(tables: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    inside = []
+    inside: Tensor | bool = True
     for axis in range(tables.shape[0]):
         steps = _steps(tables, axis, i, j)
-        inside.append((steps >= 0) & (steps < tables[axis, COUNT, i]))
-    return reduce(and_, inside)
+        inside = inside & (steps >= 0) & (steps < tables[axis, COUNT][i])
+    assert isinstance(inside, Tensor)
+    return inside
 
 
 def _in_the_disc(tables: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    square = sum((tables[axis, AT, j] - tables[axis, AT, i]) ** 2 for axis in range(tables.shape[0]))
-    return square <= tables[0, COUNT, i]
+    square = sum((tables[axis, AT][j] - tables[axis, AT][i]) ** 2 for axis in range(tables.shape[0]))
+    return square <= tables[0, COUNT][i]
 
 
 def _steps(tables: Tensor, axis: int, i: Tensor, j: Tensor) -> Tensor:
     """Steps from the first key that i sees to j."""
-    steps = tables[axis, AT, j] - tables[axis, FIRST, i]
-    return torch.where(steps < 0, steps + tables[axis, RING, i], steps)
+    steps = tables[axis, AT][j] - tables[axis, FIRST][i]
+    return torch.where(steps < 0, steps + tables[axis, RING][i], steps)
 
 
 def _by_offset(bias: Tensor, tables: Tensor) -> Score:
@@ -243,7 +242,7 @@ def _by_offset(bias: Tensor, tables: Tensor) -> Score:
     def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         index: Tensor | int = 0
         for axis in range(tables.shape[0]):
-            side, offset = tables[axis, SIDE, i], _steps(tables, axis, i, j) + tables[axis, ORIGIN, i]
+            side, offset = tables[axis, SIDE][i], _steps(tables, axis, i, j) + tables[axis, ORIGIN][i]
             index = index * side + offset.clamp(min=0).minimum(side - 1)  # keys that are not seen may be anywhere
         return score + flat[h, index]
 
@@ -257,9 +256,9 @@ def _by_path(paths: Paths, tables: Tensor) -> Score:
     there = [x.clone() for x in here]  # FlexAttention has no gradient yet of a tensor that is read in two places
 
     def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        token: Tensor | int = sum(place[step, i] for step in range(len(here)))
+        token: Tensor | int = sum(place[step][i] for step in range(len(here)))
         for step in range(len(here)):
-            corner = token + place[step, j] - place[step, i]
+            corner = token + place[step][j] - place[step][i]
             score = score - (here[step][b, h, token] - there[step][b, h, corner]).abs()
             token = corner
         return score
