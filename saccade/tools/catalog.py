@@ -56,14 +56,21 @@ def build_index() -> dict[str, Any]:
 
 
 def _weights(paper: str, card: Card) -> dict[str, Any]:
-    """The trained weights of a paper, with what they leave to the card and the model, without what is the default."""
+    """The trained weights of a paper, with what they leave to the card and the model, without what is the default.
+
+    `weights.json` says more of some sources: commit, sha256 and size, as in a user's `weights.lock.json`.
+    """
+    known = json.loads((resources.files("saccade") / "weights.json").read_text(encoding="utf-8"))
     sizes = getattr(import_module(f"saccade.papers.{paper}"), "SIZES", {})
     found = {}
     for name, weights in card.weights.items():
         if name not in sizes:
             raise ValueError(f"{paper}: there are weights of {name}, which is none of its models")
+        source, file = weights.source, known.get(weights.source, {})
         weights = dataclasses.replace(
-            weights, img_size=weights.img_size or sizes[name].get("img_size", 224),
+            weights, source=f"{source}@{file['revision']}" if "revision" in file else source,
+            sha256=file.get("sha256", weights.sha256), bytes=file.get("bytes", weights.bytes),
+            img_size=weights.img_size or sizes[name].get("img_size", 224),
             top1=weights.top1 or card.top1.get(name),
             licence=card.weights_licence if weights.licence == "unknown" else weights.licence,
         )

@@ -399,13 +399,13 @@ def test_what_timm_gives_fits(name: str) -> None:
     timm = pytest.importorskip("timm")
     if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 20):
         pytest.skip("an older timm builds not all of its models on the meta device, and knows not all of these")
+    weights = store.published(name)
     with torch.device("meta"):
-        theirs = timm.create_model(store.published(name).source.removeprefix("timm:"), pretrained=False)
+        theirs = timm.create_model(weights.source.removeprefix("timm:").partition("@")[0], pretrained=False)
         ours = create_model(name)
     report = load(ours, theirs.state_dict())
     assert report.loaded == report.of and not report.left and not report.resized
     settings = theirs.pretrained_cfg
-    weights = store.published(name)
     assert (weights.mean, weights.std, weights.interpolation) == tuple(
         settings[key] for key in ("mean", "std", "interpolation"))
     assert (weights.img_size, weights.crop) == (settings["input_size"][1], settings["crop_pct"])
@@ -425,3 +425,18 @@ def test_the_index_leaves_nothing_out() -> None:
     ours = store.published("deit_base_patch16_384")
     assert (ours.img_size, ours.top1, ours.licence) == (384, card.top1["deit_base_patch16_384"], card.weights_licence)
     assert dataclasses.replace(ours, img_size=None, top1=None) == card.weights["deit_base_patch16_384"]
+
+
+def test_what_is_known_of_files_on_the_hub() -> None:
+    """Each entry of weights.json is of a card's source, and is where the index sends a user."""
+    known = json.loads(Path(store.__file__).parents[1].joinpath("weights.json").read_text(encoding="utf-8"))
+    papers = {index()["models"][name] for name in store.list_weights()}
+    written = {weights.source: name for paper in papers for name, weights in paper_module(paper).CARD.weights.items()}
+    assert len(known) > 30 and known.keys() <= written.keys()
+    for source, file in known.items():
+        weights = store.published(written[source])
+        found = store.hub(weights.source)
+        assert found is not None and found.revision == file.get("revision")
+        assert (weights.sha256, weights.bytes) == (file.get("sha256", "unknown"), file.get("bytes"))
+        assert all(len(file.get(key, "0" * digits)) == digits for key, digits in (("revision", 40), ("sha256", 64)))
+        assert set(file.get("revision", "") + file.get("sha256", "")) <= set("0123456789abcdef")
