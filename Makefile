@@ -1,6 +1,6 @@
-# `make demo` and `make test` do all their own set-up: in the active environment where a torch >= 2.7 imports, else in .venv.
+# `make demo` and `make test` do all their own set-up: in the active environment where a torch >= 2.9 imports, else in .venv.
 PYTHON ?= python3
-HAVE_TORCH := $(shell $(PYTHON) -c "import torch; print(int(tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 7)))" 2>/dev/null)
+HAVE_TORCH := $(shell $(PYTHON) -c "import torch; print(int(tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 9)))" 2>/dev/null)
 ifeq ($(HAVE_TORCH),1)
 BIN := $(dir $(shell $(PYTHON) -c "import sys; print(sys.executable)"))
 else

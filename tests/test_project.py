@@ -68,6 +68,15 @@ def test_the_workflow_installs_what_make_installs():
     assert any(f".[{extras}]" in step.get("run", "") for step in lowest)
 
 
+def test_the_lowest_torch_is_one():
+    lowest = next(re.fullmatch(r"torch>=(\d+)\.(\d+)", line) for line in PROJECT["dependencies"] if "torch>" in line)
+    version, (major, minor) = lowest[0].removeprefix("torch>="), lowest.groups()
+    makefile, readme, workflow = ((ROOT / name).read_text(encoding="utf-8")
+                                  for name in ("Makefile", "README.md", ".github/workflows/ci.yml"))
+    assert f"torch >= {version} " in makefile and f">= ({major}, {minor})" in makefile
+    assert f"torch >= {version} " in readme and f"# torch {version} and the lowest versions" in workflow
+
+
 def packages(extra):
     """What an extra installs, by the names under which Python imports it."""
     imported = {"scikit-learn": "sklearn", "scikit-image": "skimage"}

@@ -90,7 +90,6 @@ def _gpu_lacks(dtype: torch.dtype) -> str:
     return "" if found >= needed else f"needs compute capability {needed}, this GPU has {found}"
 
 
-_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _HALF = (torch.bfloat16, torch.float16)
 _NATTEN = Path("natten", "NATTEN's fused kernels", (
     Rule(lambda case: case.device != "cuda" or torch.version.hip, "for NVIDIA GPUs"),
@@ -103,7 +102,6 @@ _NATTEN = Path("natten", "NATTEN's fused kernels", (
 ))
 _FLEX_HOW = "FlexAttention, compiled, without the blocks in which nobody sees anybody"
 _FLEX = (
-    Rule(lambda case: _TORCH < (2, 7), "needs torch 2.7"),
     Rule(lambda case: case.device not in ("cuda", "cpu"), "for CUDA devices and CPUs"),
     Rule(lambda case: case.dtype not in (*_HALF, torch.float32), "for bfloat16, float16 and float32"),
     Rule(lambda case: case.batch == 0, "for one image at least"),
