@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from datetime import date
@@ -212,12 +213,17 @@ def _by_hand(source: str) -> bool:
 def _from_hub(source: str, found: Hub) -> Path:
     from huggingface_hub import hf_hub_download
 
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each of its tries; the last one's error says it all
     try:
         return Path(hf_hub_download(found.repository, found.file, revision=found.revision,
                                     endpoint=os.environ.get("HF_ENDPOINT")))
     except Exception as problem:  # of requests, httpx and its own, from version to version
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         raise Unreachable(f"{source}: {type(problem).__name__}: {lines[0] if lines else ''}") from problem
+    finally:
+        log.setLevel(level)
 
 
 def _expected(weights: Weights) -> str | None:

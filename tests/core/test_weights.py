@@ -323,6 +323,17 @@ def test_what_the_hub_lacks(hub: Path, publish: Publish) -> None:
     assert any("/owner/name/resolve/v2/weights/model.pth" in path for path, _ in Handler.asked)
 
 
+def test_a_hub_that_does_not_answer_is_one_line(
+    publish: Publish, hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    publish("timm:swin_nano.test")
+    assert error().startswith("swin_nano: timm:swin_nano.test: ")
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [

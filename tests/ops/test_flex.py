@@ -85,7 +85,7 @@ def offset(pattern: Pattern, i: Place, j: Place) -> Place:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention's own unfused form: the same arithmetic, without a third of a minute of compiling."""
     monkeypatch.setattr(flex, "_compiled", lambda device: flex.flex_attention)
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
 
 
 @pytest.fixture
