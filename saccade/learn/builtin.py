@@ -42,14 +42,14 @@ def cell_split(column: int, row: int) -> str:
     return PATTERN[(column + 2 * row) % len(PATTERN)]
 
 
-def tiles(seed: int = 0) -> Pictures:
+def tiles(seed: int = 0, upright: bool = False) -> Pictures:
     """Which of sixteen photographs is this tile from?  3200 train, 640 val, 1280 test tiles of 32x32.
 
     Each photograph is cut into cells of 56x56; a cell belongs to one split and tiles stay 4 pixels short of its right
     and lower edge, so tiles of different splits share no pixel. A tile is a square of 32 to 52 pixels, scaled to 32,
     gray, turned and mirrored at random, brought to one mean and contrast: neither colour nor brightness tells.
     Pixel 1-nearest-neighbour gets 21 %, a narrow convolutional network 70 % (chance: 6 %).
-    Names read `photograph/x-y-side`.
+    `upright`: the same squares as they lie in the photograph. Names read `photograph/x-y-side`.
     """
     generator = np.random.default_rng(seed)
     images, labels, names, splits = [], [], [], []
@@ -72,8 +72,10 @@ def tiles(seed: int = 0) -> Pictures:
                     continue
                 drawn.add((x, y, side))
                 tile = np.clip(128 + 48 * (tile - tile.mean()) / tile.std(), 0, 255).round()
-                tile = np.rot90(tile, int(generator.integers(4)))
-                images.append((tile[:, ::-1] if generator.integers(2) else tile).astype(np.uint8))
+                turns, mirrored = int(generator.integers(4)), generator.integers(2)
+                if not upright:
+                    tile = np.rot90(tile, turns)[:, :: -1 if mirrored else 1]
+                images.append(tile.astype(np.uint8))
                 labels.append(label)
                 names.append(f"{label}/{x}-{y}-{side}")
                 splits.append(split)

@@ -122,13 +122,21 @@ def views_transform(img_size: int, views: int, recipe: Recipe) -> Callable[[Tens
 
     Where there are several views their colours differ too, lest they be told by those.
     """
-    steps: list[Any] = [v2.RandomResizedCrop(img_size, (recipe.smallest_crop, 1.0), antialias=True)]
-    if recipe.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if views > 1:
-        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
-    one = v2.Compose(steps)
-    return one if views == 1 else lambda pixels: torch.stack([one(pixels) for _ in range(views)])
+    def steps(hue: float) -> Any:
+        found: list[Any] = [v2.RandomResizedCrop(img_size, (recipe.smallest_crop, 1.0), antialias=True)]
+        if recipe.flip:
+            found.append(v2.RandomHorizontalFlip())
+        if views > 1:
+            found += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, hue)], 0.8), v2.RandomGrayscale(0.2)]
+        return v2.Compose(found)
+
+    coloured, gray = steps(0.1), steps(0.0)  # to turn a hue takes longer than all else, and gray has none
+
+    def several(pixels: Tensor) -> Tensor:
+        one = gray if (pixels == pixels[:1]).all() else coloured
+        return torch.stack([one(pixels) for _ in range(views)])
+
+    return coloured if views == 1 else several
 
 
 def try_once(objective: Any, source: Source, recipe: Recipe) -> None:

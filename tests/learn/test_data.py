@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from saccade.core.errors import SaccadeError
+from saccade.learn import builtin
 from saccade.learn.builtin import CELL, MARGIN, PHOTOGRAPHS, cell_split, planted_box
 from saccade.learn.data import ImageSet, open_images
 from saccade.learn.splits import draw_splits
@@ -88,6 +89,25 @@ def test_tiles_tell_nothing_by_brightness_or_pixel_neighbours(tiles: ImageSet) -
     assert np.abs(train.mean(1) - 128).max() < 25
     score = neighbors.KNeighborsClassifier(1).fit(train, tiles.train.labels).score(test, tiles.test.labels)
     assert 0.15 < score < 0.25
+
+
+def test_upright_tiles_are_the_same_squares_as_they_lie(tiles: ImageSet) -> None:
+    lying = builtin.tiles(upright=True)
+    turned = {name: pixels for part in (tiles.train, tiles.val, tiles.test)
+              for name, pixels in zip(part.paths, part.sources, strict=True)}
+    assert lying.names == builtin.tiles().names and len(turned) == len(lying.names)
+    kept = 0
+    for name, pixels in zip(lying.names, lying.images, strict=True):
+        ways = [np.rot90(side, turn) for turn in range(4) for side in (pixels, np.rot90(pixels)[:, ::-1])]
+        assert any(np.array_equal(turned[name], way) for way in ways)
+        kept += np.array_equal(turned[name], pixels)
+    assert 0.1 < kept / len(lying.names) < 0.15  # an eighth is neither turned nor mirrored
+    photograph = np.asarray(builtin._gray(builtin.skimage_data.brick()), np.float64)
+    number = next(n for n, name in enumerate(lying.names) if name.startswith("brick") and name.endswith("-32"))
+    x, y = map(int, lying.names[number].split("/")[1].split("-")[:2])
+    square = photograph[y : y + 32, x : x + 32]
+    expected = np.clip(128 + 48 * (square - square.mean()) / square.std(), 0, 255).round()
+    np.testing.assert_array_equal(lying.images[number], expected)
 
 
 def test_built_in_sets_are_the_same_each_time(tiles: ImageSet) -> None:

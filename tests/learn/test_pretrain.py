@@ -127,6 +127,19 @@ def test_views_are_independent_crops(pictures):
     assert one[2][0].shape == (3, 16, 16)
 
 
+def test_views_differ_in_colour_and_gray_stays_gray():
+    torch.manual_seed(0)
+    gray = torch.randint(256, (1, 24, 24), dtype=torch.uint8).expand(3, -1, -1)
+    green = torch.zeros(3, 24, 24, dtype=torch.uint8)
+    green[1] = 200
+    draw = views_transform(16, 8, RECIPE)
+    seen, coloured = draw(gray), draw(green)
+    assert torch.equal(seen[:, 0], seen[:, 1]) and torch.equal(seen[:, 0], seen[:, 2])
+    assert len({round(float(view.float().mean()), 1) for view in seen}) == 8
+    tinted = [(view[0] != view[2]).all() for view in coloured]  # of a green whose hue is turned, red or blue gains
+    assert any(tinted)
+
+
 def test_shares_of_training_are_told(pictures, tmp_path):
     shares: list[float] = []
 
