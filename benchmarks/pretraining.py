@@ -93,7 +93,8 @@ def opened(source: str) -> ImageSet:
     classes = sorted(set(pictures.labels))
     parts = {split: Split([], [], []) for split in SPLITS}
     assert pictures.splits is not None
-    for image, label, name, split in zip(*pictures, strict=True):
+    columns = pictures.images, pictures.labels, pictures.names, pictures.splits
+    for image, label, name, split in zip(*columns, strict=True):
         part: Any = parts[split]
         part.sources.append(image)
         part.labels.append(classes.index(label))
