@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.backbones import million
 from benchmarks.results import write_section
 from saccade import SaccadeError, create_model, list_models
-from saccade.core.index import index, paper_module
+from saccade.core.index import index, is_backbone, paper_module
 from saccade.tools.bench import pair
 from saccade.tools.measure import count_macs, peak_memory, race
 from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
@@ -29,9 +29,10 @@ Row = dict[str, Any]
 
 
 def smallest(paper: str) -> str | None:
-    """The published model of a paper with the fewest parameters."""
+    """The published backbone of a paper with the fewest parameters."""
     known = index()["models"]
-    names = [name for name in list_models() if known[name] == paper and "_nano" not in name and "_narrow" not in name]
+    names = [name for name in list_models() if known[name] == paper and is_backbone(name)
+             and "_nano" not in name and "_narrow" not in name]
     return min(names, key=million) if names else None
 
 

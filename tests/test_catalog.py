@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from saccade import create_model
-from saccade.core.index import index
+from saccade import create_model, list_models
+from saccade.core.index import index, is_backbone
 from saccade.core.weights import PERMISSIVE
 from saccade.tools.catalog import build_index, cards, generated, notice, systems
 
@@ -26,6 +27,15 @@ def test_every_claimed_system_is_of_the_mission_and_claimed_once():
     assert set(claims) <= set(slugs)
     own = [slug for slug in claims if not slug.startswith("survey_")]  # what a survey treats fills several files
     assert len(own) == len(set(own))
+
+
+def test_every_network_that_is_no_backbone_can_be_built():
+    """Backbones are built to count their parameters; without memory, this takes seconds for the others."""
+    names = [name for name in list_models() if not is_backbone(name)]
+    assert {"dtop_segvit_large", "hat_x4"} <= set(names) and len(names) > 40
+    with torch.device("meta"):
+        for name in names:
+            assert any(parameter.numel() for parameter in create_model(name).parameters()), name
 
 
 def test_the_notice_names_whose_code_was_read_and_only_that():

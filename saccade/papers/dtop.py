@@ -226,10 +226,11 @@ def _head_loss(masks: Tensor, classes: Tensor, labels: Tensor, ignore: int) -> T
     return presence + 20 * focal + dice
 
 
-_LARGE: dict[str, Any] = dict(dim=1024, depth=24, heads=16, stages=(7, 15, 23), thresholds=(0.95, 0.95, 1.0))
+_LARGE: dict[str, Any] = dict(dim=1024, depth=24, heads=16, stages=(7, 15, 23), thresholds=(0.95, 0.95, 1.0),
+                              mask_heads=16)
 SIZES: dict[str, dict[str, Any]] = {
     "dtop_segvit_base": dict(dim=768, depth=12, heads=12, stages=(5, 7, 11), thresholds=(0.9, 0.9, 1.0), img_size=512),
-    "dtop_segvit_large": dict(_LARGE, img_size=640),
+    "dtop_segvit_large": _LARGE | dict(mask_heads=8, img_size=640),
     "dtop_segvit_large_context": dict(_LARGE, img_size=480, num_classes=59),
     "dtop_segvit_large_stuff": dict(_LARGE, img_size=512, num_classes=171),
 }
@@ -247,12 +248,16 @@ def dtop(
     layers: int = 3,
     patch: int = 16,
     in_chans: int = 3,
+    mask_heads: int = 6,
     drop_path_rate: float = 0.1,
 ) -> DToP:
-    """A SegViT that prunes: heads of `head_dim` channels (half the trunk's unless given) after the blocks `stages`."""
+    """A SegViT that prunes, with a head behind each of the blocks `stages`.
+
+    A head has `head_dim` channels (half the trunk's unless given) and `mask_heads` heads of attention.
+    """
     trunk = Plain(dim, depth, heads, patch=patch, num_classes=0, img_size=img_size, in_chans=in_chans,
                   drop_path_rate=drop_path_rate)
-    return DToP(trunk, stages, thresholds, num_classes, head_dim or dim // 2, layers, 6)
+    return DToP(trunk, stages, thresholds, num_classes, head_dim or dim // 2, layers, mask_heads)
 
 
 def authors(stages: int) -> KeyMap:
