@@ -30,6 +30,7 @@ def build(golden: dict) -> Port:
     trunk, heads = golden["source"]["args"]["backbone"], golden["source"]["args"]["heads"]
     model = dtop(trunk["embed_dims"], trunk["num_layers"], trunk["num_heads"], trunk["out_indices"],
                  [head["thresh"] for head in heads], heads[0]["num_classes"], trunk["img_size"], heads[0]["channels"],
-                 heads[0]["layers_per_decoder"], trunk["patch_size"], trunk["in_channels"], heads[0].get("num_heads", 6))
+                 heads[0]["layers_per_decoder"], trunk["patch_size"], trunk["in_channels"],
+                 heads[0].get("num_heads", 6))
     rename = key_map(within(authors(len(heads)), "", "model."))
     return Port(AllStages(model.eval()), rename, outputs=lambda result: result)
