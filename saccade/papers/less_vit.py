@@ -245,7 +245,7 @@ class LessViT(Backbone):
             raise SaccadeError(f"img_size={img_size!r}, {dim} channels: give two sides, and a multiple of 4 channels")
         self.in_chans, self.heads, self.patch = in_chans, heads, patch
         self.field, self.resolution = field, resolution
-        self.wavelengths = tuple(wavelengths or torch.linspace(665.0, 490.0, in_chans).tolist())
+        self.wavelengths = tuple(wavelengths or torch.linspace(665.0, 490.0, in_chans, device="cpu").tolist())
         self.stem = TiedPatchEmbed(dim, patch)
         self.radar_stem = TiedPatchEmbed(dim, patch) if radar else None
         self.first, self.of_bands, self.of_places = (nn.Parameter(torch.empty(dim)) for _ in range(3))
