@@ -32,17 +32,18 @@ def count_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     arithmetic, normalisation and Fourier transforms do not. A copy of the model runs, in evaluation mode: without data
     where its operators allow that, which is quick whatever its size, else for real.
     """
-    return _without_data_or_real(_counted, model, inputs)
+    return without_data_or_real(_counted, model, inputs)
 
 
 def declared_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Multiply-adds of a forward with each token mixer at its declared cost instead of what its fast path executes."""
-    return _without_data_or_real(_declared, model, inputs)
+    return without_data_or_real(_declared, model, inputs)
 
 
-def _without_data_or_real(
+def without_data_or_real(
     count: Callable[[nn.Module, tuple[Any, ...]], int], model: nn.Module, inputs: tuple[Any, ...]
 ) -> int:
+    """What `count` finds of a forward on tensors without data, or on real ones where the forward reads its data."""
     try:
         return count(without_data(model), tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
     except Exception:  # what needs values (nonzero, item, numpy) fails, each in its own way; a true error comes again

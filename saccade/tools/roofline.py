@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from saccade.tools.measure import without_data
+from saccade.tools.measure import without_data_or_real
 
 _ROWS, _WIDTH, _FLOATS = 3136, 384, 2**24
 
@@ -39,7 +39,11 @@ def moved_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
     What stands between them (attention, gates, activations) is taken for fused, so that this is a lower bound.
     """
-    model, total = without_data(model).eval(), 0
+    return without_data_or_real(_moved, model, inputs)
+
+
+def _moved(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    total = 0
 
     def count(module: nn.Module, given: Any, output: Any) -> None:
         nonlocal total
@@ -50,7 +54,7 @@ def moved_bytes(model: nn.Module, inputs: tuple[Any, ...]) -> int:
         if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
             module.register_forward_hook(count)
     with torch.no_grad():
-        model(*(x.to("meta") for x in inputs))
+        model.eval()(*inputs)
     return total
 
 
