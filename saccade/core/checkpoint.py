@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
+import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +24,9 @@ from saccade.core.unpickle import Record, is_tensor, read_pickle, tensor
 WRAPPERS = (
     *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "params_ema", "params"),
     *("student", "teacher", "model_ema", "ema", "state_dict_ema"),
+    "opt/target",
 )
+FLAX = ("opt/target", "params")  # below which a flax tree's names may stand: the optimizer's weights, the variables
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 FOLDER = ("model.safetensors.index.json", "model.safetensors")
 
@@ -29,11 +34,11 @@ FOLDER = ("model.safetensors.index.json", "model.safetensors")
 def read_checkpoint(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, on the CPU, in the precision stored; nothing of the file is executed.
 
-    Reads safetensors (a file, or the index or folder of a sharded model), torch files of all versions, and
-    plain pickles of tensors or arrays. `key` names the entry to take. Without it the state dict is looked for under
-    `WRAPPERS`, in that order, also nested: model before state_dict before student before teacher, a moving average only
-    where nothing else is (BasicSR's first). A prefix of `PREFIXES` comes off where all names have it. What is no tensor
-    is left out.
+    Reads safetensors (a file, or the index or folder of a sharded model), torch files of all versions, NumPy's archives
+    (.npz: trees of flax) and plain pickles of tensors or arrays. `key` names the entry to take. Without it the state
+    dict is looked for under `WRAPPERS`, in that order, also nested: model before state_dict before student before
+    teacher, a moving average only where nothing else is (BasicSR's first). A prefix of `PREFIXES` comes off where all
+    names have it. What is no tensor is left out.
 
     Raises SaccadeError for a file that is missing, empty, cut off or of another kind, an unknown key, or no tensors.
     """
@@ -91,7 +96,7 @@ def _read(path: Path, take: Callable[[Any], dict[str, Tensor]]) -> dict[str, Ten
 
 
 def _content(path: Path, head: bytes, file: IO[bytes]) -> Any:
-    """The names and tensors of safetensors, or the pickled object with records for tensors."""
+    """The names and tensors of safetensors or of an archive, or the pickled object with records for tensors."""
     if path.name.endswith(".index.json"):
         places = json.load(file)["weight_map"]
         shards = {shard: _read(path.with_name(shard), _select) for shard in sorted(set(places.values()))}
@@ -100,10 +105,26 @@ def _content(path: Path, head: bytes, file: IO[bytes]) -> Any:
         return {name: shards[shard][name] for name, shard in places.items()}
     if head[8:9] == b"{":
         return load_file(path)
-    if path.suffix == ".npz":
-        raise SaccadeError("arrays of NumPy, as those who use JAX publish them, are not read; take the weights "
-                           "converted to PyTorch")
+    if head[:4] == b"PK\x03\x04":
+        arrays = all(name.endswith(".npy") for name in zipfile.ZipFile(file).namelist())
+        file.seek(0)
+        if arrays:
+            return _archive(file)
     return read_pickle(file)
+
+
+def _archive(file: IO[bytes]) -> dict[str, Any]:
+    """The arrays in a NumPy archive, by path, as tensors; those below a place of `FLAX` are an entry of its name."""
+    content: dict[str, Any] = {}
+    with np.load(file, allow_pickle=False) as archive:
+        for path in archive.files:
+            array, place, name = archive[path], content, path
+            for root in FLAX:
+                if name.startswith(f"{root}/"):
+                    place, name = place.setdefault(root, {}), name.removeprefix(f"{root}/")
+            numbers = array.dtype.kind in "biufc"
+            place[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if numbers else array
+    return content
 
 
 def _select(content: Any, key: str | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +53,42 @@ def matrix_from_1x1(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def kernel(value: Tensor) -> Tensor:
+    """A kernel of flax's dense layer or convolution (*grid, I, O) as a weight (O, I, *grid)."""
+    return value.movedim((-1, -2), (0, 1))
+
+
+def transposed_kernel(value: Tensor) -> Tensor:
+    """A kernel of flax's transposed convolution (*grid, I, O) as a weight (I, O, *grid): flax does not mirror it."""
+    return value.movedim((-2, -1), (0, 1)).flip(tuple(range(2, value.ndim)))
+
+
+def chain(*changes: Change) -> Change:
+    """One change after the other."""
+    return lambda value: reduce(lambda changed, change: change(changed), changes, value)
+
+
 def pointwise(weight: Tensor) -> Tensor:
     """The weight of a 1x1 convolution as a linear layer's matrix; anything else as it is."""
     return weight.flatten(1) if weight.ndim > 2 and weight.shape[2:].numel() == 1 else weight
+
+
+def flax(rules: KeyMap) -> list[Rule]:
+    """The rules of a PyTorch port that kept flax's names, for flax's own trees: a/b/kernel is its a.b.weight, turned.
+
+    A rule for all entries of a layer ends in `\\.(.*)`; gamma and beta of a layer norm are scale and bias in flax.
+    """
+    turned: list[Rule] = []
+    for rule in rules:
+        theirs, ours = rule[0].replace(r"\.", "/"), rule[1]
+        assert isinstance(ours, str)
+        if not theirs.endswith("/(.*)"):
+            turned.append((theirs.replace("gamma", "scale").replace("beta", "bias"), ours))
+            continue
+        layer, ours = theirs.removesuffix("(.*)"), ours.rpartition(".")[0]
+        layout = transposed_kernel if "ConvTranspose" in layer else kernel
+        turned += [(f"{layer}kernel", f"{ours}.weight", chain(layout, *rule[2:])), (f"{layer}bias", f"{ours}.bias")]
+    return turned
 
 
 def within(rules: KeyMap, theirs: str, ours: str) -> list[Rule]:

@@ -17,7 +17,7 @@ from saccade.core.keymap import KeyMap, Renamed, rename
 from saccade.core.names import matching
 
 # Layout name -> the attribute of the paper's file that holds its key map.
-LAYOUTS = {"authors": "AUTHORS", "timm": "TIMM"}
+LAYOUTS = {"authors": "AUTHORS", "timm": "TIMM", "flax": "FLAX"}
 
 
 @dataclass(frozen=True)

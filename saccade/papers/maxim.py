@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
-from saccade.core.keymap import Dropped, KeyMap, pointwise, within
+from saccade.core.card import Card, Weights
+from saccade.core.keymap import Dropped, KeyMap, flax, pointwise, within
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.parts.convolution import grid_conv, on_grid
@@ -46,7 +46,13 @@ CARD = Card(
     kinds=("restoration", "mixer"),
     mixers={"multi_axis_gmlp": "MultiAxisGmlp"},
     params={"maxim_s2": 14.1e6, "maxim_s3": 22.2e6},
+    weights={  # the first of each size; theirs for other tasks load as checkpoint_path
+        name: Weights(f"https://storage.googleapis.com/gresearch/maxim/ckpt/{task}/checkpoint.npz", layout="flax",
+                      data=data)
+        for name, task, data in (("maxim_s2", "Deraining/Rain13k", "Rain13k"), ("maxim_s3", "Denoising/SIDD", "SIDD"))
+    },
     goldens=("op_maxim_multi_axis_gmlp", "op_maxim_cross_gating", "maxim_3s"),
+    tests=("tests/papers/test_maxim_flax.py",),
 )
 
 
@@ -372,5 +378,6 @@ def authors(depth: int, stages: int) -> KeyMap:
     return rules
 
 
-AUTHORS: KeyMap = authors(depth=3, stages=3)
+AUTHORS: KeyMap = authors(depth=3, stages=3)  # as the PyTorch port has them
+FLAX: KeyMap = flax([rule for rule in AUTHORS if not isinstance(rule, Dropped)])  # JAX never makes the dead parameters
 TAPS = {r"s(\d)_enc(\d)": r"unets.\1.downs.\2", r"s(\d)_bottleneck(\d)": r"unets.\1.bottlenecks.\2"}

@@ -346,7 +346,44 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: py
     assert_same(held, {"w": torch.ones(1)})  # what was read before does not change under its reader
 
 
-def test_arrays_of_numpy_are_named(tmp_path):
-    np.savez(tmp_path / "flax.npz", kernel=np.zeros(3, np.float32))
-    with pytest.raises(SaccadeError, match=r"flax.npz: arrays of NumPy, .* take the weights converted to PyTorch"):
-        read_checkpoint(tmp_path / "flax.npz")
+@pytest.mark.parametrize("root", ["", "params/", "opt/target/", "opt/target/params/"])
+def test_archives_of_numpy(root: str, tmp_path: Path) -> None:
+    """Trees of flax: paths stay as they are below the root, and an optimizer's state is left behind."""
+    own = {
+        "Dense_0/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "Dense_0/bias": np.ones(3, np.float16),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "big": np.arange(3, dtype=">i4"),
+        "scalar": np.float32(3), "empty": np.zeros((0, 2), np.float32),
+    }  # fmt: skip
+    beside = {"opt/state/step": np.int64(7)} if root.startswith("opt/") else {}
+    path = tmp_path / "checkpoint.npz"
+    np.savez_compressed(path, **{root + name: value for name, value in own.items()}, **beside, text=np.array(["cat"]))
+    wanted = {name: torch.tensor(value.astype(value.dtype.newbyteorder("="))) for name, value in own.items()}
+    assert_same(read_checkpoint(path), wanted)
+    path.rename(tmp_path / "weights")  # it is known by what it holds
+    assert_same(read_checkpoint(tmp_path / "weights"), wanted)
+    if beside:
+        assert_same(read_checkpoint(tmp_path / "weights", "opt/target"), wanted)
+        assert "no entry 'optimizer'; it has opt/target, opt/state/step" in error(tmp_path / "weights", "optimizer")
+
+
+def test_archives_of_numpy_are_data(tmp_path: Path) -> None:
+    """Pickled arrays are refused unread; what is cut off, damaged or no archive gets the line of other files."""
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    np.savez(tmp_path / "attack.npz", a=np.ones(2), b=np.array([Attack()], dtype=object))
+    assert "not a checkpoint, or cut off (ValueError: Object arrays cannot be loaded" in error(tmp_path / "attack.npz")
+    assert not (tmp_path / "executed").exists()
+    np.savez(tmp_path / "whole.npz", a=np.arange(1000.0), b=np.ones(3))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    damaged = tmp_path / "damaged.npz"
+    for content in (whole[:-1], whole[:4000], whole[:20], b"", b"text", pickle.dumps(Attack()),
+                    whole.replace(np.arange(1000.0)[500:502].tobytes(), bytes(16))):
+        damaged.write_bytes(content)
+        message = error(damaged)
+        assert "not a checkpoint, or cut off (" in message or "holds a pickled pathlib" in message, content[:20]
+    assert not (tmp_path / "executed").exists()
+    np.savez(damaged, name=np.array(["cat"]))
+    assert "no tensors under 'any usual key'; it has name" in error(damaged)

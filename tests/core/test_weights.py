@@ -392,7 +392,8 @@ def test_what_the_cards_say(name: str) -> None:
     weights = store.published(name)
     assert store.hub(weights.source) or weights.source.startswith("https://")
     assert len(weights.mean) == len(weights.std) == 3 and 0.7 <= weights.crop <= 1.2
-    assert weights.interpolation in ("bicubic", "bilinear") and weights.layout in ("authors", "timm", "tensorflow")
+    assert weights.interpolation in ("bicubic", "bilinear")
+    assert weights.layout in ("authors", "timm", "flax", "tensorflow")
     assert weights.sha256 == "unknown" or len(weights.sha256) in (8, 64)
     assert weights.source.startswith("timm:") <= (weights.layout == "timm" or not hasattr(_paper(name), "TIMM"))
     assert weights.top1 is None or 50 < weights.top1 < 95
