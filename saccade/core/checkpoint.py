@@ -116,12 +116,17 @@ def _content(path: Path, head: bytes, file: IO[bytes]) -> Any:
 def _archive(file: IO[bytes]) -> dict[str, Any]:
     """The arrays in a NumPy archive, by path, as tensors; those below a place of `FLAX` are an entry of its name."""
     content: dict[str, Any] = {}
+    roots = tuple(f"{root}/" for root in FLAX)
     with np.load(file, allow_pickle=False) as archive:
+        wrapped = any(path.startswith(roots) for path in archive.files)
         for path in archive.files:
+            if wrapped and not path.startswith(roots):
+                content[path] = None  # an optimizer's state stays on the disk
+                continue
             array, place, name = archive[path], content, path
-            for root in FLAX:
-                if name.startswith(f"{root}/"):
-                    place, name = place.setdefault(root, {}), name.removeprefix(f"{root}/")
+            for root, slashed in zip(FLAX, roots, strict=True):
+                if name.startswith(slashed):
+                    place, name = place.setdefault(root, {}), name.removeprefix(slashed)
             numbers = array.dtype.kind in "biufc"
             place[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) if numbers else array
     return content
