@@ -1,6 +1,6 @@
 """Does pre-training teach a narrow encoder anything: each method against the same encoder with random weights.
 
-`python -m benchmarks.pretraining [METHOD...]` trains each on digits and on upright tiles of photographs with three
+`python -m benchmarks.pretraining [METHOD...]` trains each on digits and on upright tiles of photographs with four
 seeds, in two processes of one thread, probes the frozen features by a linear classifier, and writes the table, with
 95 % intervals of the mean over the seeds. An encoder of random weights is probed for the same seeds and pictures.
 """
@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +32,7 @@ from saccade.learn.splits import SPLITS
 
 SIDE = 32
 LABELLED = 640  # pictures of train whose labels the probe sees; the methods see all, without labels
-SEEDS = (11, 12, 13)  # settings were chosen with seed 100, judged by the pictures of val
+SEEDS = (14, 15, 16, 17)  # settings were chosen with seed 100, judged by the pictures of val
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,14 @@ SETTINGS = {
     "spark": Setting("convnext_nano", 300, 32, dict(dims=(16, 32, 64), patch=2), dict(width=16)),
     "obow": Setting("resnet_nano", 300, 32, RESNET | dict(dim=8), dict(words=128), learning_rate=4e-3),
 }
-# Digits are turned back so soon that a ResNet's last map keeps nothing but the turn; tiles are too hard for a ConvNeXt.
+# Digits are turned back so soon that a ResNet's last map keeps nothing but the turn; tiles are too hard for a ConvNeXt,
+# and want more steps. SparK hides more of them, or what it needs to guess colours is all in its first maps.
 OTHERWISE = {
     ("rotnet", "digits"): Setting("convnext_nano", 300, 32, dict(dims=(16, 32, 64), patch=4)),
+    ("uni4eye", "upright tiles"): replace(SETTINGS["uni4eye"], steps=600, batch_size=64),
+    ("rotnet", "upright tiles"): replace(SETTINGS["rotnet"], steps=1000),
+    ("spark", "upright tiles"): replace(SETTINGS["spark"], steps=400, options=dict(width=16, ratio=0.75)),
+    ("obow", "upright tiles"): replace(SETTINGS["obow"], steps=700),
 }
 
 
