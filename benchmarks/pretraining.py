@@ -32,7 +32,7 @@ from saccade.learn.splits import SPLITS
 
 SIDE = 32
 LABELLED = 640  # pictures of train whose labels the probe sees; the methods see all, without labels
-SEEDS = (14, 15, 16, 17)  # settings were chosen with seed 100, judged by the pictures of val
+SEEDS = (18, 19, 20, 21)  # settings were chosen with seed 100, judged by the pictures of val
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ SETTINGS = {
     "mae": Setting("deit_nano", 400, 64, PLAIN, DECODER | dict(ratio=0.5)),
     "simmim": Setting("deit_nano", 400, 64, PLAIN, dict(patch=4)),
     "multimae": Setting("multivit_nano", 400, 64, dict(dim=32, patch=4), DECODER | dict(ratio=0.6)),
-    "uni4eye": Setting("uni4eye_nano", 400, 32, PLAIN, DECODER),
+    "uni4eye": Setting("uni4eye_nano", 600, 64, PLAIN, DECODER),
     # groups of at most 2 x 2 of the 8 x 8 patches: were they as large as the picture, nothing would be left to look at
     "sit_ssl": Setting("deit_nano", 200, 64, PLAIN | dict(global_pool="token"),
                        dict(ratio=0.25, group=2, out_dim=64, hidden=256)),
@@ -67,10 +67,9 @@ SETTINGS = {
     "obow": Setting("resnet_nano", 300, 32, RESNET | dict(dim=8), dict(words=128), learning_rate=4e-3),
 }
 # Digits are turned back so soon that a ResNet's last map keeps nothing but the turn; tiles are too hard for a ConvNeXt,
-# and want more steps. SparK hides more of them, or what it needs to guess colours is all in its first maps.
+# where RotNet and OBoW want more steps. SparK hides more of them, or what it needs to guess colours is all in its first maps.
 OTHERWISE = {
     ("rotnet", "digits"): Setting("convnext_nano", 300, 32, dict(dims=(16, 32, 64), patch=4)),
-    ("uni4eye", "upright tiles"): replace(SETTINGS["uni4eye"], steps=600, batch_size=64),
     ("rotnet", "upright tiles"): replace(SETTINGS["rotnet"], steps=1000),
     ("spark", "upright tiles"): replace(SETTINGS["spark"], steps=400, options=dict(width=16, ratio=0.75)),
     ("obow", "upright tiles"): replace(SETTINGS["obow"], steps=700),
