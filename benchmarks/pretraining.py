@@ -67,7 +67,7 @@ SETTINGS = {
     "obow": Setting("resnet_nano", 300, 32, RESNET | dict(dim=8), dict(words=128), learning_rate=4e-3),
 }
 # Digits are turned back so soon that a ResNet's last map keeps nothing but the turn; tiles are too hard for a ConvNeXt,
-# where RotNet and OBoW want more steps. SparK hides more of them, or what it needs to guess colours is all in its first maps.
+# where RotNet and OBoW want more steps. SparK hides more of them, which helped two seeds, and not those of the table.
 OTHERWISE = {
     ("rotnet", "digits"): Setting("convnext_nano", 300, 32, dict(dims=(16, 32, 64), patch=4)),
     ("rotnet", "upright tiles"): replace(SETTINGS["rotnet"], steps=1000),
