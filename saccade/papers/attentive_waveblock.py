@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.record import note
 from saccade.core.site import Site
@@ -47,6 +47,12 @@ CARD = Card(
     read="paper, code",
     keywords="wave block, CBAM, non-local block, mutual learning, domain adaptation, person re-identification",
     params={"awb_resnet50_pre_a": 23675752},
+    # Of the authors' six pairs of sets this is the one of their examples.
+    weights={
+        f"awb_resnet50_{kind}_a": Weights(f"https://drive.google.com/open?id={file}", data="DukeMTMC-reID, Market-1501",
+                                          licence="MIT")
+        for kind, file in (("pre", "1c9JvTO45ltNlSYHAC99vB4CMmYfqED8V"), ("post", "1hzgXCNhNQdfFn-_CiEzEVik_X7_W_CVT"))
+    },
     goldens=("awb_resnet50_pre_a", "op_awb_post", "op_awb_pre", "op_awb_waveblock"),
     tests=("tests/papers/test_attentive_waveblock.py",),
 )

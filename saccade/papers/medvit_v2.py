@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.build import check_patterns, choose_mixer, mixer_factory
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.site import Site
@@ -58,6 +58,15 @@ CARD = Card(
     keywords="Kolmogorov-Arnold network, KAN, FasterKAN, B-spline, neighborhood attention, medical images, MedViT",
     kinds=("backbone", "mixer"),
     mixers={"scrambled_neighborhood": "ScrambledNeighborhood", "run_pooled_attention": "RunPooledAttention"},
+    # Of the authors' twelve sets of MedMNIST this is one; its head has 9 classes.
+    weights={
+        f"medvit_v2_{size}": Weights(f"https://drive.google.com/file/d/{file}/view?usp={how}", data="PathMNIST",
+                                     licence="MIT")
+        for size, file, how in (("tiny", "1bD3fxpxzlbP3SuC8EDV3oZuBYhs5XpOl", "drive_link"),
+                                ("small", "1Q09QdkwSLtb-au_3ip7vYzxo_VKvOyby", "drive_link"),
+                                ("base", "1WazBW35P2sD3nnnSkuC9cjQAMH-PAICi", "drive_link"),
+                                ("large", "1imY08j2tiBEsQAN_Du9-Ve1AdUeBmiVU", "sharing"))
+    },
     goldens=("medvit_v2_tiny", "kan_mlp", "op_faster_kan", "op_kan_linear", "op_medvit_v2_gfp", "op_medvit_v2_lfp"),
     tests=("tests/papers/test_medvit_v2.py", "tests/parts/test_kan.py"),
 )

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, without_first_axis
 from saccade.core.site import Site
@@ -50,6 +50,10 @@ CARD = Card(
              "Dirichlet sampling, missing modalities",
     kinds=("backbone", "pretraining"),
     methods={"multimae": "MultiMAE"},
+    # All three modalities and no head: it loads into `modalities=MODALITIES, num_classes=0`.
+    weights={"multivit_base": Weights("https://github.com/EPFL-VILAB/MultiMAE/releases/download/pretrained-weights/"
+                                      "multimae-b_98_rgb+-depth-semseg_1600e_multivit-afff3f8c.pth",
+                                      sha256="afff3f8c", licence="CC-BY-NC-4.0")},
     goldens=("multimae_tiny", "multivit_tiny"),
     tests=("tests/papers/test_multimae.py",),
 )

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.build import create_mixer
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.index import paper_module
 from saccade.core.keymap import KeyMap, within, without_first_axis
 from saccade.core.site import Site
@@ -48,6 +48,11 @@ CARD = Card(
     params={"adventurer_tiny_patch16": 12e6, "adventurer_small_patch16": 44e6, "adventurer_base_patch16": 99e6,
             "adventurer_large_patch16": 346e6},
     top1={"adventurer_base_patch1": 84.6},
+    weights={
+        f"adventurer_{size}_patch1": Weights(f"hf:Wangf3014/Patch_Scaling/adventurer_{size}_patch1_224.pth", crop=1.0,
+                                             top1=top1)
+        for size, top1 in (("tiny", 81.9), ("small", 83.8), ("base", 84.6))
+    },
     goldens=("adventurer_tiny_patch16",),
     tests=("tests/papers/test_patch_scaling.py",),
 )

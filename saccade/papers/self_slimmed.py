@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.swap import Handle
 from saccade.parts.attention import Attention
@@ -49,6 +49,15 @@ CARD = Card(
     methods={"self_slimmed": "self_slimmed"},
     top1={"sit_lvvit_tiny": 80.1, "sit_lvvit_xsmall": 81.1, "sit_lvvit_small": 83.2, "sit_lvvit_medium": 84.3,
           "sit_lvvit_large": 85.6},
+    weights={
+        f"sit_lvvit_{size}": Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", top1=top1,
+                                     licence="Apache-2.0")
+        for size, file, top1 in (("tiny", "1hUGQU8Z4WxdgU7yePxZSOsp5vG_wSkja", 80.1),
+                                 ("xsmall", "10xKbVwI_l4tQaJJmUSorGhl_S2w0iAJL", 81.2),
+                                 ("small", "1nLurrn8t_KzdXw0eGpSttad5vYa_wMIk", 83.1),
+                                 ("medium", "1Xt8w9qZ2MMFOfohFwCn6mX0hqW6J0fnL", 84.2),
+                                 ("large", "1N-RMArXD_GsUgGKpLePhJTOpTZImas2G", 85.6))
+    },
     goldens=("sit_lvvit_tiny", "op_sit_token_slimming", "op_sit_reverse_tsm"),
     tests=("tests/papers/test_self_slimmed.py",),
 )
