@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.core.card import Card
+from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, Rule, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
@@ -56,6 +56,7 @@ CARD = Card(
     params={"vitaev2_vsa_s": 19.8e6, "swin_tiny_vsa": 29e6},
     macs={"swin_tiny_vsa": 4.6e9},
     top1={"vitaev2_vsa_s": 82.7, "swin_tiny_vsa": 82.2, "swin_small_vsa": 83.6},
+    weights={"vitaev2_vsa_s": Weights("https://1drv.ms/u/s!AimBgYV7JjTlgcgB0Xlyc3U4WO11AQ?e=AGRBDl")},
     goldens=("vitaev2_vsa_s", "op_varied_size_window_attention", "op_varied_size_window_attention_pad"),
 )
 
