@@ -13,14 +13,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from playwright.sync_api import sync_playwright
 
+from benchmarks.browser import browser_page
 from saccade.core.files import write_whole
 from saccade.tools.lengths import CHANNELS, lengths, markdown, plot
 from saccade.tools.pages import DOCS
 
 TOKENS = (196, 784, 3136, 12544)
-CHROMIUM = "/usr/bin/chromium"
 PAGE = """\
 # Mixers against the number of tokens
 
@@ -41,15 +40,12 @@ def main() -> None:
     text = PAGE.format(tokens=",".join(map(str, TOKENS)), channels=CHANNELS, machine=platform.machine(),
                        torch=torch.__version__)
     write_whole(DOCS / "lengths.md", text + markdown(rows, TOKENS) + "\n")
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with tempfile.TemporaryDirectory() as folder, browser_page(1500) as view:
         page = Path(folder) / "plot.html"
         plot(rows, page)
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        view = browser.new_page(viewport={"width": 1500, "height": 900})
         view.goto(page.as_uri())
         view.wait_for_timeout(2000)
         view.screenshot(path=str(DOCS / "lengths.png"))
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,10 @@ from torch import nn
 from benchmarks.results import interval, write_section
 from saccade import create_model
 from saccade.core.pretraining import pretraining
-from saccade.learn.builtin import tiles
-from saccade.learn.data import ImageSet, Split, open_images
+from saccade.learn.builtin import BUILTIN, tiles
+from saccade.learn.data import Split, open_images
 from saccade.learn.pretrain import Recipe, fit
 from saccade.learn.probe import extract, probe
-from saccade.learn.splits import SPLITS
 
 SIDE = 32
 LABELLED = 640  # pictures of train whose labels the probe sees; the methods see all, without labels
@@ -88,22 +87,9 @@ def setting_of(method: str, source: str) -> Setting:
     return OTHERWISE.get((method, source), SETTINGS[method])
 
 
-@cache
-def opened(source: str) -> ImageSet:
-    """Digits, or tiles as they lie in their photographs: of pictures turned at random RotNet learns nothing."""
-    if source == "digits":
-        return open_images(source)
-    pictures = tiles(upright=True)
-    classes = sorted(set(pictures.labels))
-    parts = {split: Split([], [], []) for split in SPLITS}
-    assert pictures.splits is not None
-    columns = pictures.images, pictures.labels, pictures.names, pictures.splits
-    for image, label, name, split in zip(*columns, strict=True):
-        part: Any = parts[split]
-        part.sources.append(image)
-        part.labels.append(classes.index(label))
-        part.paths.append(name)
-    return ImageSet(source, classes, **parts, notes=[], fingerprint=source)
+# Tiles as they lie in their photographs: of pictures turned at random RotNet learns nothing.
+BUILTIN["upright tiles"] = partial(tiles, upright=True)
+opened = cache(open_images)
 
 
 @cache

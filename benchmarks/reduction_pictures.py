@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
+from benchmarks.browser import browser_page
 from saccade.tools.pages import DOCS
 
-CHROMIUM = "/usr/bin/chromium"
 PAGE = DOCS / "examples" / "reduction.md"
 PHOTOGRAPHS = ("astronaut", "camera", "cat", "coffee", "coins", "hubble_deep_field", "rocket", "retina")
 
@@ -67,12 +67,9 @@ def main() -> None:
     for words in commands():
         print(shlex.join(words), flush=True)
         subprocess.run([sys.executable, "-m", "saccade.cli", *words[1:]], cwd=out, check=True)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        view = browser.new_page(viewport={"width": 900, "height": 900}, device_scale_factor=1.5)
+    with browser_page(900, scale=1.5) as view:
         screenshot(view, out / "reduced" / "report.html", "reductions-title", DOCS / "reduction.png")
         screenshot(view, out / "kept.html", "tokens-title", DOCS / "kept.png")
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def in_parts(*sizes: int) -> bool:
     return known and not (torch.is_grad_enabled() or recording() or torch.compiler.is_compiling())
 
 
+def in_cache(x: Tensor) -> bool:
+    """Whether work on x may be cut in parts for the cache's sake: on a CPU alone, a GPU would wait between them."""
+    return x.is_cpu and in_parts(*x.shape)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, copied where rows begin off the multiples of 16 bytes: the fused kernels of GPUs do not read those."""
     steps = (x.storage_offset(), *x.stride()[:-1])

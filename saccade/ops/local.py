@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.record import recording
-from saccade.ops.attend import in_parts
+from saccade.ops.attend import in_cache
 from saccade.ops.tables import table
 
 TILE = 8  # tokens of a row whose scores are one matrix product, on the CPU in evaluation
@@ -22,11 +22,11 @@ def local_scores(q: Tensor, k: Tensor, window: int, dilation: int = 1) -> Tensor
     (B, *grid, h, d) twice -> (B, *grid, h, window^n). Offsets are in row-major order, positions outside the grid count
     as zeros. A matrix product over copied windows, with the same numbers, while `record` watches.
     """
+    if q.shape[-1] >= TILE and in_cache(q):
+        return _tiled_scores(q, k, window, dilation)
     shifts = _shifts(k, window, dilation)
     if recording():
         return (torch.stack(shifts, -2) @ q[..., None]).squeeze(-1)
-    if q.device.type == "cpu" and q.shape[-1] >= TILE and in_parts(*q.shape):
-        return _tiled_scores(q, k, window, dilation)
     return torch.stack([(q * shift).sum(-1) for shift in shifts], -1)
 
 

@@ -252,7 +252,7 @@ def _tile_sizes(grid: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[int
         tiles = groups * prod([-(-longest // t) for longest, t in cut])
         return tiles * keys * (queries + (GATHER if tiles > 1 else GATHER // 2))
 
-    return tuple(t for _, t in sorted(product(*choices), key=cost)[0])
+    return tuple(t for _, t in sorted(product(*choices), key=cost)[0])  # older torch compiles no min with a key
 
 
 def _axis(size: int, window: Window, queries: int | None, device: torch.device) -> Axis:

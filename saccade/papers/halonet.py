@@ -33,7 +33,7 @@ from saccade.core.keymap import KeyMap, pointwise, within
 from saccade.core.record import Where
 from saccade.core.site import MixerFactory, Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend, in_parts
+from saccade.ops.attend import attend, in_cache
 from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
@@ -205,8 +205,8 @@ class HaloAttention(nn.Module):
             number = pad_end(number, [size - part for size, part in zip(full, asked, strict=True)])
             return partition(number, (side,) * rank).squeeze(-1) - 1, tokens
 
-        some = PAIRS // (q.shape[0] * q[0, 0, ..., 0].numel() * tokens.shape[1]) or 1
-        if in_parts(*q.shape) and not q.is_cuda:
+        if in_cache(q):
+            some = PAIRS // (q.shape[0] * prod(q.shape[2:4]) * tokens.shape[1]) or 1
             parts = zip(q.split(some, 1), tokens.split(some), *(mask.split(some) for mask in masks), strict=True)
             out = torch.cat([self.look(q, kv, tokens, masks) for q, tokens, *masks in parts], 1)
         else:

@@ -28,7 +28,7 @@ from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
-from saccade.ops.attend import attend, in_parts
+from saccade.ops.attend import attend, in_cache
 from saccade.ops.window import crop, merge, pad_end, pad_to_multiple, partition, shifted, window_tokens
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
@@ -100,7 +100,7 @@ class RectangleWindow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        if x.is_cpu and in_parts(*x.shape) and not any(side % max(self.windows[0]) for side in grid):
+        if in_cache(x) and not any(side % max(self.windows[0]) for side in grid):
             return self._in_parts(x)
         qkv = self.qkv(x)
         parts = pad_to_multiple(qkv, (max(self.windows[0]),) * 2).unflatten(-1, (3, 2, -1)).movedim(-2, 0)
@@ -236,7 +236,7 @@ class SpatiallyGatedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden // 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and in_parts(*x.shape) and prod(x.shape[:-1]) > PIECE:
+        if in_cache(x) and prod(x.shape[:-1]) > PIECE:
             return self._in_parts(x)
         kept, gate = self.activation(self.fc1(x)).chunk(2, -1)
         return self.fc2(kept * self.conv(self.norm(gate)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.core.record import Where
 from saccade.core.site import Site
-from saccade.ops.attend import attend, in_parts
+from saccade.ops.attend import attend, in_cache
 from saccade.ops.tables import table
 from saccade.ops.window import (
     crop,
@@ -135,13 +135,13 @@ def attend_windows(
     """softmax(q k^T / sqrt(d) + bias + mask) v in windows: q (B x G, heads, N, d), bias (heads, N, N), mask (G, N, N).
 
     Masked biases of all windows take as much memory as the weights that fused attention never writes. So where no
-    gradient is taken they are laid out for some windows at a time, but on a GPU, which would wait between the parts.
+    gradient is taken they are laid out for some windows at a time, on a CPU.
     """
     if mask is None:
         return attend(q, k, v, bias, where=where)
     mask, bias = mask.to(q.dtype), None if bias is None else bias.contiguous()  # else their sum has the heads inside
     some = LAID // (q.shape[1] * q.shape[2] ** 2) or 1
-    if q.is_cuda or not in_parts(*q.shape) or len(q) <= some:
+    if not in_cache(q) or len(q) <= some:
         return attend(q, k, v, masked(bias, mask, q.shape[0]), where=where)  # len() would fix a size left open
     images = zip(*(x.split(len(mask)) for x in (q, k, v)), strict=True)
     parts = [part for image in images for part in zip(*(x.split(some) for x in (*image, mask)), strict=True)]
