@@ -31,7 +31,7 @@ from saccade.learn.probe import extract, probe
 
 SIDE = 32
 LABELLED = 640  # pictures of train whose labels the probe sees; the methods see all, without labels
-SEEDS = (18, 19, 20, 21)  # settings were chosen with seed 100, judged by the pictures of val
+SEEDS = (18, 19, 20, 21)  # settings were chosen with seeds 100 to 103, judged by the pictures of val
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ SETTINGS = {
     "obow": Setting("resnet_nano", 300, 32, RESNET | dict(dim=8), dict(words=128), learning_rate=4e-3),
 }
 # Digits are turned back so soon that a ResNet's last map keeps nothing but the turn; tiles are too hard for a ConvNeXt,
-# where RotNet and OBoW want more steps. SparK hides more of them, which helped two seeds, and not those of the table.
+# where RotNet and OBoW want more steps. SparK hides squares of the last stride: at 4 pixels a tile has 64 of them.
 OTHERWISE = {
     ("rotnet", "digits"): Setting("convnext_nano", 300, 32, dict(dims=(16, 32, 64), patch=4)),
     ("rotnet", "upright tiles"): replace(SETTINGS["rotnet"], steps=1000),
-    ("spark", "upright tiles"): replace(SETTINGS["spark"], steps=400, options=dict(width=16, ratio=0.75)),
+    ("spark", "upright tiles"): replace(SETTINGS["spark"], steps=400,
+                                        build=dict(dims=(16, 64), depths=(1, 2), patch=2), learning_rate=4e-3),
     ("obow", "upright tiles"): replace(SETTINGS["obow"], steps=700),
 }
 
