@@ -20,24 +20,21 @@ GATHER = 27  # a key costs its tile this many query-key pairs (to fetch and to l
 
 
 class Window(NamedTuple):
-    """What a query sees on one axis, in steps of its residue class."""
+    """What a query sees on one axis, in steps of its residue class (methods, as older torch compiles no properties)."""
 
     kernel: int
     dilation: int
     stride: int = 1
     causal: bool = False
 
-    @property
     def before(self) -> int:
         """How many steps before a query its window can begin, where no border moves it."""
         return self.kernel - 1 if self.causal else self.kernel // 2 + (self.stride - 1) // 2
 
-    @property
     def margin(self) -> int:
         """How many keys a tile fetches beyond one a query."""
         return self.kernel - 1 + (0 if self.causal else self.stride - 1)
 
-    @property
     def least(self) -> int:
         """Fewest queries a tile, so that its keys hold the windows that a border moves, in the first tile or the last
         two alone.
@@ -243,11 +240,11 @@ def _tile_sizes(grid: tuple[int, ...], windows: tuple[Window, ...]) -> tuple[int
     for size, window in zip(grid, windows, strict=True):
         longest = ceil_div(size, window.dilation)
         cuts = {window.whole_groups(-(-longest // 2**power)) for power in range(longest.bit_length())}
-        choices.append([(longest, longest), *((longest, t) for t in sorted(cuts) if window.least <= t < longest)])
+        choices.append([(longest, longest), *((longest, t) for t in sorted(cuts) if window.least() <= t < longest)])
 
     def cost(cut: tuple[tuple[int, int], ...]) -> int:
         queries = prod([t for _, t in cut])
-        keys = prod([t if t == longest else t + window.margin
+        keys = prod([t if t == longest else t + window.margin()
                      for (longest, t), window in zip(cut, windows, strict=True)])
         tiles = groups * prod([-(-longest // t) for longest, t in cut])
         return tiles * keys * (queries + (GATHER if tiles > 1 else GATHER // 2))
@@ -260,8 +257,8 @@ def _axis(size: int, window: Window, queries: int | None, device: torch.device) 
     kernel, dilation = window.kernel, window.dilation
     longest = (size + dilation - 1) // dilation
     whole = queries == longest
-    Q = window.whole_groups(max(8, window.least)) if queries is None else queries
-    K = longest if whole else Q + window.margin
+    Q = window.whole_groups(max(8, window.least())) if queries is None else queries
+    K = longest if whole else Q + window.margin()
     count = (longest + Q - 1) // Q
     rows, columns = torch.arange(Q, device=device), torch.arange(K, device=device)
 
@@ -270,7 +267,7 @@ def _axis(size: int, window: Window, queries: int | None, device: torch.device) 
         return torch.minimum(number * Q, (length - Q).clamp(min=0))
 
     def first_key(query: Tensor) -> Tensor:
-        return query * 0 if whole else query - window.before
+        return query * 0 if whole else query - window.before()
 
     tile = torch.arange(dilation * count, device=device)
     residue, number = tile // count, modulo(tile, count)
