@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import pi
 
 import torch
 from torch import Tensor
 
+from saccade.ops.precision import full_precision
 from saccade.ops.product import along
 from saccade.ops.tables import table
 
@@ -30,8 +30,7 @@ def inverse_cosine_transform(coefficients: Tensor, grid: Sequence[int]) -> Tenso
 def _along_axes(x: Tensor, sides: list[tuple[int, int]], forth: bool) -> Tensor:
     """The axes one by one, each to its new side, so that a long side is long in as few products as can be."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(x):
         for axis, side in sides:
             if forth:
                 basis = cosine_basis(x.shape[axis], side, x.dtype, x.device)

@@ -12,7 +12,6 @@ In float32 at least, under autocast too. Any length: tokens that fill the last c
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from math import e, log2
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.core.record import recording
+from saccade.ops.precision import full_precision
 
 TRACED = 16  # steps of a chunk where sizes are open or steps become nodes of a graph
 ENOUGH = 2**15  # states a token that fill a step by themselves: chunks would only add work (measured on a CPU)
@@ -40,7 +40,7 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
     wide, given = torch.promote_types(u.dtype, torch.float32), u.dtype
     u, dt, a, b, c = (value.to(wide) for value in (u, dt, a, b, c))
     steps = _steps(u, b)
-    with _full_precision(u):
+    with full_precision(u):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _known(u):
             # The states of all tokens outweigh everything else by n: computed again in the backward pass, not kept.
             out: Tensor = checkpoint(_scan, u, dt, a, b, c, steps, use_reentrant=False, preserve_rng_state=False)
@@ -100,7 +100,7 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     x, dt, a, b, c = (value.to(wide) for value in (x, dt, a, b, c))
     groups, length = b.shape[-2], x.shape[-3]
-    with _full_precision(x):
+    with full_precision(x):
         if recording():  # the recurrence itself: what `cost` declares
             return _ssd_by_scan(x, dt, a, b, c)
         steps = min(MATRIX, length) if _known(x) else MATRIX
@@ -162,8 +162,3 @@ def _joined(x: Tensor, length: int) -> Tensor:
 
 def _known(x: Tensor) -> bool:
     return all(isinstance(side, int) for side in x.shape)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[None]:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

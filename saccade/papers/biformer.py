@@ -32,7 +32,7 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
-from saccade.ops.sizes import ceil_div
+from saccade.ops.sizes import ceil_div, larger, smaller
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_end, partition
 from saccade.parts.attention import check_heads
@@ -154,7 +154,7 @@ class BiLevelRouting(nn.Module):
 
     def count(self, means: Tensor) -> int:
         """How many regions are chosen of those there are."""
-        return torch.sym_min(self.topk, means.shape[1])  # type: ignore[return-value]
+        return smaller(self.topk, means.shape[1])
 
     def _pooled(self, kv: Tensor, side: Grid) -> Tensor:
         assert self.pool is not None
@@ -215,7 +215,7 @@ class LatePaddedRouting(BiLevelRouting):
     """
 
     def layout(self, grid: Grid) -> tuple[Grid, Grid]:
-        side: Grid = tuple(torch.sym_max(size // self.regions, 1) for size in grid)  # type: ignore[misc]
+        side: Grid = tuple(larger(size // self.regions, 1) for size in grid)
         return side, tuple(ceil_div(size, part) * part for size, part in zip(grid, side, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:

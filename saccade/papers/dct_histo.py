@@ -34,7 +34,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.ops.cosine import cosine_transform, inverse_cosine_transform
-from saccade.ops.sizes import ceil_div
+from saccade.ops.sizes import ceil_div, smaller
 from saccade.parts.attention import check_heads
 from saccade.parts.block import LAYER_NORM, residual_tail
 from saccade.parts.convolution import conv_norm
@@ -95,7 +95,6 @@ class DctAttention(nn.Module):
     def kept(self, grid: Sequence[int]) -> tuple[int, ...]:
         """How many frequencies of each axis attend."""
         if self.keep > 1:
-            smaller: Any = torch.sym_min
             return tuple(smaller(side, int(self.keep)) for side in grid)
         return tuple(ceil_div(side * self.keep.numerator, self.keep.denominator) for side in grid)
 

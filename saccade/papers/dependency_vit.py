@@ -34,6 +34,7 @@ from saccade.core.keymap import KeyMap, within
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
+from saccade.ops.sizes import larger
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Block
 from saccade.parts.convolution import depthwise
@@ -158,7 +159,7 @@ class DependencyBlock(Block):
 
     def __init__(self, site: Site, mixer: nn.Module, **options: Any) -> None:
         super().__init__(site, mixer, **options)
-        self.keep: Fraction | None = None
+        self.keep: tuple[int, int] | None = None  # so many tokens of so many
 
     def forward(  # type: ignore[override]
         self, x: Tensor, messages: Tensor, places: Tensor | None = None
@@ -170,10 +171,11 @@ class DependencyBlock(Block):
         x = x + self.scale1(mixed)
         if self.keep is not None:
             x, messages = x.flatten(1, -2), messages.flatten(1, -2)
-            count = torch.sym_max(x.shape[1] * self.keep.numerator // self.keep.denominator, 1)
-            kept = messages.detach().squeeze(-1).topk(count).indices.sort().values
-            places = kept if places is None else places.gather(1, kept)
-            x, messages = (value.gather(1, kept.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
+            kept, of = self.keep
+            count = larger(x.shape[1] * kept // of, 1)
+            chosen = messages.detach().squeeze(-1).topk(count).indices.sort().values
+            places = chosen if places is None else places.gather(1, chosen)
+            x, messages = (value.gather(1, chosen.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
                            for value in (x, messages))
         x = x + self.scale2(self.mlp(self.norm2(x)))
         return x if self.position is None else x + self.position(x), messages, places
@@ -198,7 +200,7 @@ class DependencyViT(Isotropic):
                                f"{len(blocks)}")
         if all(isinstance(block.mixer, ReversedAttention) for block in blocks):
             for step, number in enumerate(sorted(prune)):
-                blocks[number - 1].keep = (1 - (step + 1) * share) / (1 - step * share)
+                blocks[number - 1].keep = ((1 - (step + 1) * share) / (1 - step * share)).as_integer_ratio()
 
     def run(self, image: Tensor, maps: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The tokens after the last block, and their messages; the map after each block is added to `maps`."""

@@ -14,8 +14,6 @@ relative bias: the fused kernels have none (for one with bias, see nat.py).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +21,7 @@ from saccade.core.card import Card
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.neighborhood import neighborhood_attention
+from saccade.ops.sizes import larger
 from saccade.ops.window import crop, pad_end
 from saccade.parts.attention import check_heads
 
@@ -73,7 +72,7 @@ class FusedNeighborhood(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        missing: list[Any] = [torch.sym_max(0, least - side) for least, side in zip(self._least(), grid, strict=True)]
+        missing = [larger(0, least - side) for least, side in zip(self._least(), grid, strict=True)]
         q, k, v = self.qkv(pad_end(x, missing)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         out = neighborhood_attention(q, k, v, self.kernel, self.dilation, stride=self.stride, causal=self.causal)
         return self.proj(crop(out.flatten(-2), grid))

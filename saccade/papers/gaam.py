@@ -28,6 +28,7 @@ from saccade.core.keymap import KeyMap
 from saccade.core.record import Affinity, note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
+from saccade.ops.sizes import larger
 
 EPS = 1e-8
 AXES = {"tokens": 1, "channels": 2}  # of (B, N, C)
@@ -94,7 +95,7 @@ class GaussianAdaptive(nn.Module):
         middle = (steepness * self.offset[head]).sum() / total
         apart = (steepness * (self.offset[head] - middle).square()).sum()
         step = x - x.mean(axis, keepdim=True)
-        others: Any = torch.sym_max(x.shape[axis] - 1, 1)
+        others = larger(x.shape[axis] - 1, 1)
         variance = step.square().sum(axis, keepdim=True) / others + EPS
         density = -total / variance * (step - middle).square()
         shared = 0.5 * (2 * pi * self.width[head].square()).log().sum() + apart / variance

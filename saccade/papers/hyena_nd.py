@@ -29,6 +29,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import Dropped, KeyMap, within
 from saccade.core.site import Site
 from saccade.core.template import Template
+from saccade.ops.sizes import larger
 from saccade.ops.spectral import convolve, on_circle, turned
 from saccade.ops.tables import table
 from saccade.parts.attention import Attention
@@ -65,7 +66,7 @@ def decays(count: int, device: torch.device) -> Tensor:
 @table
 def elapsed(side: int, device: torch.device) -> Tensor:
     """(side, 1) places of an axis from 0 to 1."""
-    last: Any = torch.sym_max(side - 1, 1)
+    last = larger(side - 1, 1)
     return torch.arange(side, device=device)[:, None] / last
 
 
@@ -220,7 +221,7 @@ class HyenaNd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        longest: Any = reduce(torch.sym_max, grid)  # type: ignore[arg-type]
+        longest = reduce(larger, grid)
         inner = self.short(self.in_proj(x))
         if self.copies > 1:  # their channels, counted through, are cut into as many runs
             inner = inner.unflatten(-1, (self.copies, -1)).movedim(-2, 1).flatten(0, 1)

@@ -30,6 +30,7 @@ from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.neighborhood import neighborhood_attention
+from saccade.ops.sizes import larger
 from saccade.ops.toeplitz import attend_at_offsets
 from saccade.ops.window import crop, pad_end
 from saccade.parts.attention import check_heads
@@ -124,7 +125,7 @@ class Neighborhood(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])
-        missing: list[Any] = [torch.sym_max(0, self.kernel * self.dilation - side) for side in grid]
+        missing = [larger(0, self.kernel * self.dilation - side) for side in grid]
         x = pad_end(x, missing)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         out = neighborhood_attention(q, k, v, self.kernel, self.dilation, self.bias)

@@ -34,6 +34,7 @@ from saccade.core.names import matching
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
+from saccade.ops.sizes import smaller
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
 from saccade.parts.block import LAYER_NORM, Block
@@ -114,7 +115,7 @@ class SlicedGroup(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens, grid = x.flatten(1, -2), tuple(x.shape[1:-1])
         B, N, C = tokens.shape
-        groups: Any = torch.sym_min(self.groups, N)
+        groups = smaller(self.groups, N)
         added = (-N) % groups
         order = None
         if self.shuffle:

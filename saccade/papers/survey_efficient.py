@@ -16,7 +16,6 @@ Linformer's E and F are resampled (bicubic over the places).
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import affinity, attend
+from saccade.ops.sizes import smaller
 from saccade.parts.attention import Attention, check_heads
 from saccade.parts.position import resample
 from saccade.parts.tokens import join, split
@@ -128,7 +128,7 @@ class Nystrom(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = heads_of(self.qkv(x.flatten(1, -2)), self.heads)
-        count: Any = torch.sym_min(self.landmarks, q.shape[2])
+        count = smaller(self.landmarks, q.shape[2])
         few_q, few_k = (F.adaptive_avg_pool1d(part.flatten(0, 1).mT, count).mT.unflatten(0, part.shape[:2])
                         for part in (q, k))
         inverse = self.inverted(affinity(few_q, few_k))

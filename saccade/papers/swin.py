@@ -16,17 +16,16 @@ not shift (the authors' classification code).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saccade.core.card import Card, Weights
 from saccade.core.keymap import Dropped, KeyMap
 from saccade.core.site import Site
 from saccade.core.template import Template
+from saccade.ops.sizes import larger, smaller
 from saccade.parts.swin_pyramid import SwinPyramid
 from saccade.parts.window import WindowAttention
 
@@ -101,10 +100,9 @@ def shift_at(grid: tuple[int, ...], window: tuple[int, ...], shift: int) -> int:
 
     Written with min and max, not if, so that an exported program with free sizes keeps the choice.
     """
-    minimum: Callable[[Any, Any], Any] = torch.sym_min
-    longer = torch.sym_max(0, reduce(minimum, grid) - min(window))
+    longer = larger(0, reduce(smaller, grid) - min(window))
     padding = sum((-side) % part for side, part in zip(grid, window, strict=True))
-    return shift * minimum(1, longer + padding) if shift else 0
+    return shift * smaller(1, longer + padding) if shift else 0
 
 
 SIZES: dict[str, dict[str, Any]] = {

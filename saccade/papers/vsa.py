@@ -31,6 +31,7 @@ from saccade.core.keymap import Dropped, KeyMap, Rule, matrix_from_1x1, within
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
+from saccade.ops.sizes import larger
 from saccade.ops.tables import table
 from saccade.ops.window import crop, merge, pad_to_multiple, partition
 from saccade.parts.attention import check_heads
@@ -102,7 +103,7 @@ class VariedSizeWindow(nn.Module):
         windows = partition(pad_to_multiple(x, self.window), self.window).mean(1)
         sides = [side // part for side, part in zip(padded, self.window, strict=True)]
         windows = F.leaky_relu(windows.view(x.shape[0], *sides, -1))
-        counts = torch.stack([torch.full((), torch.sym_max(side // part, 1), dtype=x.dtype, device=x.device)
+        counts = torch.stack([torch.full((), larger(side // part, 1), dtype=x.dtype, device=x.device)
                               for side, part in zip(reversed(grid), reversed(self.window), strict=True)])
         moved, stretched = (
             laid_out(layer(windows).unflatten(-1, (self.heads, rank)).movedim(-2, 1)).flatten(0, 1)
@@ -139,7 +140,7 @@ def window_places(padded: Grid, window: Grid, dtype: torch.dtype, device: torch.
     places: list[Tensor] = []
     inside: list[Tensor] = []
     for side, part in zip(padded, window, strict=True):
-        step: Any = 2 / torch.sym_max(side - 1, 1)
+        step = 2 / larger(side - 1, 1)
         place = torch.arange(side, dtype=dtype, device=device)
         places.append(place * step - 1)
         inside.append((place.remainder(part) - (part - 1) / 2) * step)

@@ -15,6 +15,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.local import local_scores, local_sum, neighbour_tokens
 from saccade.ops.pooling import adaptive_mean
+from saccade.ops.sizes import larger
 from saccade.ops.tables import table
 from saccade.ops.toeplitz import attend_at_offsets
 from saccade.parts.attention import check_heads
@@ -201,7 +202,7 @@ class AggregatedAttention(CosineAttention):
         """The sides of the pooled map."""
         if self.pool is not None:
             return (self.pool,) * len(grid)
-        return tuple(torch.sym_max(side // self.ratio, 1) for side in grid)
+        return tuple(larger(side // self.ratio, 1) for side in grid)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:-1])

@@ -14,6 +14,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.neighborhood_sum import neighborhood_bias, neighborhood_sum, neighbours
 from saccade.ops.pooling import adaptive_mean
+from saccade.ops.sizes import larger, smaller
 from saccade.parts.norm import BatchNorm
 from saccade.parts.position import resample
 
@@ -107,8 +108,8 @@ def enlarged(grid: tuple[int, ...], kernel: int) -> tuple[int, ...]:
         return grid if least >= kernel else tuple(kernel if side == least else int(kernel / least * side)
                                                   for side in grid)
     sides: Any = grid
-    short: Any = reduce(torch.sym_min, sides)
-    return tuple(side * torch.sym_max(short, kernel) // short for side in sides)
+    short = reduce(smaller, sides)
+    return tuple(side * larger(short, kernel) // short for side in sides)
 
 
 def written_out(weights: Tensor, values: Tensor, kernel: int, placed: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.ops.pooling import adaptive_mean
+from saccade.ops.sizes import larger
 from saccade.ops.tables import table
 from saccade.parts.position import resample
 
@@ -18,7 +19,7 @@ from saccade.parts.position import resample
 def coordinates(grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(*grid, rank) places, from -1 to 1 on each axis."""
     # Not linspace, which would fix a symbolic side for good.
-    steps: list[Any] = [2 / torch.sym_max(side - 1, 1) for side in grid]
+    steps = [2 / larger(side - 1, 1) for side in grid]
     axes: list[Tensor] = [torch.arange(side, device=device, dtype=dtype) * step - 1
                           for side, step in zip(grid, steps, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
