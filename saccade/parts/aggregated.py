@@ -13,6 +13,7 @@ from saccade.core.keymap import KeyMap, matrix_from_1x1
 from saccade.core.record import note, recording
 from saccade.core.site import Site
 from saccade.core.template import Template
+from saccade.ops.attend import in_cache
 from saccade.ops.local import local_scores, local_sum, neighbour_tokens
 from saccade.ops.pooling import adaptive_mean
 from saccade.ops.sizes import larger
@@ -22,6 +23,7 @@ from saccade.parts.attention import check_heads
 from saccade.parts.tokens import global_tokens
 
 HIDDEN = 512  # width of the position MLP
+PIECE = 256  # rows of its hidden state that a CPU's cache holds
 
 
 @table
@@ -84,7 +86,7 @@ class PositionMlp(nn.Module):
 
     def forward(self, grid: tuple[int, ...], cells: tuple[int, ...]) -> Tensor:
         points, index = _coordinates(grid, cells, self.native, self.fc1.weight.device)
-        return self.at(points).T[:, index]
+        return self.at(points).T.contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
 
     def offsets(self, grid: tuple[int, ...]) -> Tensor:
         """(heads, *(2 side - 1)) by key - query: the bias among the tokens of a grid, an entry a distance."""
@@ -92,7 +94,11 @@ class PositionMlp(nn.Module):
         return self.at(points).movedim(-1, 0)
 
     def at(self, points: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(points.to(self.fc1.weight.dtype))))
+        points = points.to(self.fc1.weight.dtype)
+        if not in_cache(points):
+            return self.fc2(F.relu(self.fc1(points)))
+        pieces = [self.fc2(self.fc1(piece).relu_()) for piece in points.flatten(0, -2).split(PIECE)]
+        return torch.cat(pieces).unflatten(0, points.shape[:-1])
 
     @staticmethod
     def cost(site: Site, grid: tuple[int, ...], cells: tuple[int, ...]) -> int:
