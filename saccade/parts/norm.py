@@ -37,5 +37,5 @@ class GlobalResponse(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm = x.flatten(1, -2).square().sum(1).sqrt()
         share = norm / (norm.mean(-1, keepdim=True) + 1e-6)
-        out = (1 + self.gamma * share).view(x.shape[0], *[1] * (x.ndim - 2), -1) * x
-        return out if self.beta is None else out + self.beta
+        scale = (1 + self.gamma * share).view(x.shape[0], *[1] * (x.ndim - 2), -1)
+        return scale * x if self.beta is None else torch.addcmul(self.beta, scale, x)

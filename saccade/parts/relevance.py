@@ -105,9 +105,15 @@ class RelevanceRules(TorchFunctionMode):
         if func is F.layer_norm:
             return _centred(args[0], tuple(range(-len(args[1]), 0)), func(*args, **kwargs), *args[2:4])
         if func in PRODUCTS and all(_activation(factor) for factor in args[:2]):
-            a, b = args
-            return func(a / 2, b.detach()) + func(a.detach(), b / 2)
+            return _halves(*args)
+        if func is torch.addcmul and all(_activation(factor) for factor in args[1:3]):
+            return args[0] + kwargs.get("value", 1) * _halves(*args[1:3])
         return func(*args, **kwargs)
+
+
+def _halves(a: Tensor, b: Tensor) -> Tensor:
+    """a b, of which each gets half."""
+    return a / 2 * b.detach() + a.detach() * (b / 2)
 
 
 def relevance(model: nn.Module, image: Tensor, target: Tensor, rule: str = "epsilon") -> Tensor:

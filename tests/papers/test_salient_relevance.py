@@ -59,11 +59,12 @@ def test_relevance_is_kept_in_networks_without_biases(host):
     torch.testing.assert_close(relevance(model, x, target).sum((1, 2, 3)), score, rtol=1e-5, atol=1e-7)
 
 
-def test_products_share():
+@pytest.mark.parametrize("product", [torch.mul, lambda a, b: torch.addcmul(torch.zeros(()), a, b)])
+def test_products_share(product):
     class Gated(nn.Module):
         def forward(self, image):
             x = image.flatten(1)
-            return (x[:, :6] * x[:, 6:])[:, :2]
+            return product(x[:, :6], x[:, 6:])[:, :2]
 
     x = torch.randn(1, 3, 2, 2)
     found = relevance(Gated(), x, torch.tensor([1]))[0].flatten()
