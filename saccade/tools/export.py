@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import floordiv
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -59,8 +62,16 @@ def export(model: nn.Module, size: int | Sequence[int] = 224, *, in_chans: int =
     sides = _sides(size)
     image = torch.randn(2, in_chans, *sides)
     free = {0: torch.export.Dim.AUTO} | dict.fromkeys(range(2, image.ndim), torch.export.Dim.DYNAMIC)
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
+    with fx_config.patch(backed_size_oblivious=True), _pooling_of_any_size(), torch.no_grad():  # type: ignore[attr-defined]
         return torch.export.export(model.eval(), (image,), dynamic_shapes=(free,))
+
+
+def _pooling_of_any_size() -> AbstractContextManager[Any]:
+    """Before 2.13, torch asks in the shape of a pooling whether the stride divides the side, of which the answer needs
+    nothing, and bakes it in.
+    """
+    older = torch.__version__ < "2.13"
+    return patch.object(torch._meta_registrations, "div_rtn", floordiv) if older else nullcontext()
 
 
 def export_onnx(
