@@ -5,6 +5,7 @@ A channel keeps a state h of n numbers that decays, takes the token in and is re
 with steps dt, inputs b and readouts c that depend on the token. Token by token that is a loop over the whole length.
 Here the sequence is cut in chunks: each finds the state that it would leave behind on its own, what enters every chunk
 follows from those by doubling (log2 of their number), and all chunks then run side by side from what enters them.
+On a CPU without gradients the tokens do go one by one, but all else is done for a block of them that stays in the cache.
 
 In float32 at least, under autocast too. Any length: tokens that fill the last chunk have dt = 0 and change no state.
 `saccade.ops.reference` has both once more, token by token.
@@ -12,7 +13,7 @@ In float32 at least, under autocast too. Any length: tokens that fill the last c
 
 from __future__ import annotations
 
-from math import e, log2
+from math import e, log2, prod
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.core.record import recording
+from saccade.ops.attend import in_cache
 from saccade.ops.precision import full_precision
 
 TRACED = 16  # steps of a chunk where sizes are open or steps become nodes of a graph
 ENOUGH = 2**15  # states a token that fill a step by themselves: chunks would only add work (measured on a CPU)
 TOGETHER = 2**17  # states that the chunks of a step should have together: a step stays in the cache
-LOG2E = log2(e)  # powers of two: exp2 is many times as fast as exp on a CPU (measured)
+BLOCK = 2**16  # states of a block of tokens whose decays and states stay in the cache (measured)
+NARROW = 2**9  # states a token below which a token's call costs more than two passes of the chunks (measured)
+LOG2E = log2(e)  # powers of two: where decays vanish, exp is a hundred times as slow as exp2 on a CPU (measured)
 ROUNDS = 16  # doublings where the number of chunks is open: 2**16 chunks, a million tokens
 MATRIX = 64  # steps of a chunk in matrix form
 
@@ -41,6 +45,8 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
     u, dt, a, b, c = (value.to(wide) for value in (u, dt, a, b, c))
     steps = _steps(u, b)
     with full_precision(u):
+        if _in_blocks(u, b):
+            return _token_by_token(u, dt, a, b, c).to(given)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _known(u):
             # The states of all tokens outweigh everything else by n: computed again in the backward pass, not kept.
             out: Tensor = checkpoint(_scan, u, dt, a, b, c, steps, use_reentrant=False, preserve_rng_state=False)
@@ -48,9 +54,41 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
         return _scan(u, dt, a, b, c, steps).to(given)
 
 
+def _in_blocks(u: Tensor, b: Tensor) -> bool:
+    return in_cache(u) and u[..., 0, :].numel() * b.shape[-1] >= NARROW
+
+
+def _token_by_token(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The scan in buffers: decays and inputs of a block of tokens at once, one call a token, then the readouts."""
+    *lead, length, width = u.shape
+    count, lanes = b.shape[-1], prod(lead)
+    if lanes * width * count > BLOCK and len(lead) >= a.ndim - 1 and len(lead) and lead[0] > 1:  # image by image
+        images = zip(*(value.split(1) for value in (u, dt, b, c)), strict=True)
+        return torch.cat([_token_by_token(u, dt, a, b, c) for u, dt, b, c in images])
+    steps = max(1, min(length, BLOCK // (lanes * width * count)))
+    a = a.mT.contiguous() * LOG2E  # (*, n, E)
+    x, dt, b = (value.movedim(-2, 0) for value in ((dt * u).unsqueeze(-3), dt.unsqueeze(-3), b.unsqueeze(-3)))
+    c = c.movedim(-2, 0).reshape(length * lanes, 1, count)
+    out = u.new_empty(length * lanes, 1, width)
+    decays, states = u.new_empty(2, steps, *lead, count, width)
+    carried = u.new_zeros(*lead, count, width)
+    blocks = (*(value.split(steps) for value in (x, dt, b.mT)), *(value.split(steps * lanes) for value in (c, out)))
+    for x, dt, b, c, y in zip(*blocks, strict=True):
+        if len(x) < steps:
+            decays, states = decays[:len(x)], states[:len(x)]
+        torch.mul(dt, a, out=decays).exp2_()
+        torch.mul(x, b, out=states)
+        before = carried
+        for decay, state in zip(decays.unbind(), states.unbind(), strict=True):
+            before = state.addcmul_(decay, before)
+        carried.copy_(before)
+        torch.bmm(c, states.view(-1, count, width), out=y)
+    return out.view(length, *lead, width).movedim(0, -2)
+
+
 def _scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, steps: int) -> Tensor:
     length = u.shape[-2]
-    a = a.mT.unsqueeze(-3) * LOG2E  # (*, 1, n, E): states as (*lead, chunks, n, E)
+    a = a.mT.contiguous().unsqueeze(-3) * LOG2E  # (*, 1, n, E): states as (*lead, chunks, n, E)
     x, dt, b, c = (_chunks(value, steps) for value in (dt * u, dt, b, c))
     inputs = list(zip(*(value.unbind(-2) for value in (x, dt, b)), strict=True))
     state = torch.zeros_like(x[..., 0, None, :] * b[..., 0, :, None])

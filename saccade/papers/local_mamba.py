@@ -110,14 +110,17 @@ class LocalMamba(nn.Module):
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         grid = tuple(x.shape[1:-1])
         half, count = prod(grid) // 2, 0 if prefix is None else prefix.shape[1]
-        both = self.in_proj(x)
-        beside = None if prefix is None else self.in_proj(prefix)
-        lines = [inserted(order.line(both), beside, half) for order in self.orders]
-        scanned = self._scan([line.chunk(2, -1)[0] for line in lines])
+        inner, gate = self.in_proj(x).chunk(2, -1)
+        gate, beside, beside_gate = F.silu(gate), None, None
+        if prefix is not None:
+            beside, beside_gate = self.in_proj(prefix).chunk(2, -1)
+            beside_gate = F.silu(beside_gate)
+        scanned = self._scan([inserted(order.line(inner), beside, half) for order in self.orders])
         total, total_prefix = None, None
-        for order, y, line in zip(self.orders, scanned, lines, strict=True):
-            y, y_prefix = taken_out(y * F.silu(line.chunk(2, -1)[1]), count, half)
-            y = order.back(y, grid)
+        for order, y in zip(self.orders, scanned, strict=True):
+            y, y_prefix = taken_out(y, count, half)
+            y = order.back(y, grid) * gate
+            y_prefix = y_prefix if beside_gate is None else y_prefix * beside_gate
             weights = self.gate(torch.cat([y.flatten(1, -2), y_prefix], 1))
             y, y_prefix = y * weights.view(-1, *[1] * len(grid), weights.shape[-1]), y_prefix * weights
             total = y if total is None else total + y
@@ -169,13 +172,13 @@ class LocalCrossScan(GridScan):
         self.select = TokenMeanGate(self.norm.normalized_shape[0])
 
     def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
-        grid, total = tuple(u.shape[1:-1]), torch.zeros_like(u)
+        grid, total, skips = tuple(u.shape[1:-1]), torch.zeros_like(u), self.D.unflatten(0, (self.ways, -1))
         for window in dict.fromkeys(order.window for order in self.orders):  # lines of one length share a scan
             ways = [number for number, order in enumerate(self.orders) if order.window == window]
             lines = torch.stack([self.orders[way].line(u) for way in ways], 1)
             choices = torch.stack([self.orders[way].line(chosen[..., way, :]) for way in ways], 1)
             for way, line in zip(ways, self.scan(lines, choices, ways).unbind(1), strict=True):
-                y = self.orders[way].back(line, grid)
+                y = torch.addcmul(self.orders[way].back(line, grid), u, skips[way])
                 total = total + y * self.select(y.flatten(1, -2)).view(-1, *[1] * len(grid), y.shape[-1])
         return total
 

@@ -85,7 +85,8 @@ class CrossScan(GridScan):
 
     def scanned(self, u: Tensor, chosen: Tensor) -> Tensor:
         lines = self.scan(ordered(u.unsqueeze(-2), shared=True), ordered(chosen, shared=False))
-        return put_back(lines, tuple(u.shape[1:-1]))
+        skip = self.D.unflatten(0, (self.ways, -1)).sum(0)  # D u is the same tokens whatever their order
+        return torch.addcmul(put_back(lines, tuple(u.shape[1:-1])), u, skip)
 
 
 def ordered(x: Tensor, shared: bool) -> Tensor:
