@@ -5,7 +5,7 @@ A channel keeps a state h of n numbers that decays, takes the token in and is re
 with steps dt, inputs b and readouts c that depend on the token. Token by token that is a loop over the whole length.
 Here the sequence is cut in chunks: each finds the state that it would leave behind on its own, what enters every chunk
 follows from those by doubling (log2 of their number), and all chunks then run side by side from what enters them.
-On a CPU without gradients the tokens do go one by one, but all else is done for a block of them that stays in the cache.
+On a CPU without gradients tokens do go one by one, but all else is done for a block of them that stays in the cache.
 
 In float32 at least, under autocast too. Any length: tokens that fill the last chunk have dt = 0 and change no state.
 `saccade.ops.reference` has both once more, token by token.
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade.core.record import recording
 from saccade.ops.attend import in_cache
+from saccade.ops.sizes import ceil_div
 from saccade.ops.precision import full_precision
 
 TRACED = 16  # steps of a chunk where sizes are open or steps become nodes of a graph
@@ -31,7 +32,7 @@ BLOCK = 2**16  # states of a block of tokens whose decays and states stay in the
 NARROW = 2**9  # states a token below which a token's call costs more than two passes of the chunks (measured)
 LOG2E = log2(e)  # powers of two: where decays vanish, exp is a hundred times as slow as exp2 on a CPU (measured)
 ROUNDS = 16  # doublings where the number of chunks is open: 2**16 chunks, a million tokens
-MATRIX = 64  # steps of a chunk in matrix form
+MATRIX = 64  # steps of a chunk in matrix form, at most
 
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -141,20 +142,21 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     with full_precision(x):
         if recording():  # the recurrence itself: what `cost` declares
             return _ssd_by_scan(x, dt, a, b, c)
-        steps = min(MATRIX, length) if _known(x) else MATRIX
+        steps = ceil_div(length, max(ceil_div(length, MATRIX), 1)) if _known(x) else MATRIX  # chunks of one length
         # (*lead, chunks, g, h / g, steps, .), but b and c without heads
         x = _chunks((x * dt.unsqueeze(-1)).flatten(-2), steps).unflatten(-1, (groups, -1, x.shape[-1]))
         x = x.movedim(-4, -2)
-        decay = _chunks(dt * a, steps).unflatten(-1, (groups, -1)).movedim(-3, -1).cumsum(-1)  # (*, g, h / g, steps)
+        decay = _chunks(dt * (a * LOG2E), steps)
+        decay = decay.unflatten(-1, (groups, -1)).movedim(-3, -1).cumsum(-1)  # (*, g, h / g, steps)
         b, c = (_chunks(value.flatten(-2), steps).unflatten(-1, (groups, -1)).movedim(-3, -2) for value in (b, c))
         future = torch.ones(steps, steps, dtype=torch.bool, device=x.device).triu(1)
-        kept = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
+        kept = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(future, -torch.inf).exp2()
         out = (kept * (c @ b.mT).unsqueeze(-3)) @ x
         if not _known(x) or x.shape[-5] > 1:
             whole = decay[..., -1:]
-            left = b.mT.unsqueeze(-3) @ (x * (whole - decay).exp().unsqueeze(-1))  # (*, g, h / g, n, p)
-            state = entering(left, whole.unsqueeze(-1).exp(), axis=-5)
-            out = out + decay.exp().unsqueeze(-1) * (c.unsqueeze(-3) @ state)
+            left = b.mT.unsqueeze(-3) @ (x * (whole - decay).exp2().unsqueeze(-1))  # (*, g, h / g, n, p)
+            state = entering(left, whole.unsqueeze(-1).exp2(), axis=-5)
+            out = out + decay.exp2().unsqueeze(-1) * (c.unsqueeze(-3) @ state)
         return _joined(out.movedim(-2, -4).flatten(-3), length).unflatten(-1, (-1, x.shape[-1]))
 
 
