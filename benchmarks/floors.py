@@ -23,7 +23,7 @@ from saccade import SaccadeError, create_model, list_models
 from saccade.core.index import index, is_backbone, paper_module
 from saccade.tools.bench import pair
 from saccade.tools.measure import count_macs, peak_memory, race
-from saccade.tools.roofline import floor, moved_bytes, rates, yardsticks
+from saccade.tools.roofline import floor, moved_bytes, rates, scan_states, yardsticks
 
 Row = dict[str, Any]
 
@@ -45,9 +45,10 @@ def measure(name: str, rounds: int) -> Row:
     forwards = {which: partial(model, image) for which, model in models.items()}
     seconds = race(forwards | yardsticks(), rounds=rounds)
     macs, moved = count_macs(models["ours"], (image,)), moved_bytes(models["ours"], (image,))
+    states = scan_states(models["ours"], (image,))
     row: Row = dict(name=name, size="x".join(map(str, sides)), macs=macs, rates=rates(seconds),
                     seconds=median(seconds["ours"]), memory=peak_memory(forwards["ours"]),
-                    floor=floor(macs, moved, rates(seconds)))
+                    floor=floor(macs, moved, rates(seconds), states))
     if "timm" in models:
         row["timm"] = median(ours / theirs for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True))
         row["timm_memory"] = row["memory"] / peak_memory(forwards["timm"])
@@ -73,14 +74,16 @@ def line(row: Row) -> str:
 def section(rows: list[Row], rounds: int) -> str:
     rows = sorted(rows, key=lambda row: -row["seconds"] / row["floor"])
     mean = geometric_mean(row["seconds"] / row["floor"] for row in rows)
-    macs, copied = (median(row["rates"][which] for row in rows) / 1e9 for which in (0, 1))
+    macs, copied, states = (median(row["rates"][which] for row in rows) / 1e9 for which in (0, 1, 2))
     return "\n".join([
         "## Backbones beside their floor", "",
         f"`python -m benchmarks.floors`: {platform.machine()}, one thread, torch {torch.__version__}, float32, batch "
         f"1, medians of {rounds} rounds, farthest from the floor first. The floor is the longer of the multiply-adds "
         f"at the rate of a matrix product ({macs:.0f} G/s here) and the bytes that layers with weights read and write "
-        f"at that of a copy ({copied:.0f} GB/s), both measured in the same rounds. Geometric mean of time / floor: "
-        f"{mean:.2f}.", "",
+        f"at that of a copy ({copied:.0f} GB/s). States of selective scans, tokens x channels x numbers a channel, are "
+        f"arithmetic besides, at the rate of an exponential and a multiply-add in the cache ({states:.1f} G/s). All "
+        f"three are measured in the same rounds. Not counted: Fourier transforms, sorting, norms and activations. "
+        f"Geometric mean of time / floor: {mean:.2f}.", "",
         "| model | pixels | GMACs | ms | images/s | peak MiB | floor ms | time / floor | time / timm | memory / timm |",
         "|---|---|" + "--:|" * 8, *map(line, rows),
     ])

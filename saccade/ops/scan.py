@@ -13,6 +13,8 @@ In float32 at least, under autocast too. Any length: tokens that fill the last c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import e, log2, prod
 
 import torch
@@ -33,6 +35,21 @@ NARROW = 2**9  # states a token below which a token's call costs more than two p
 LOG2E = log2(e)  # powers of two: where decays vanish, exp is a hundred times as slow as exp2 on a CPU (measured)
 ROUNDS = 16  # doublings where the number of chunks is open: 2**16 chunks, a million tokens
 MATRIX = 64  # steps of a chunk in matrix form, at most
+_tallies: list[list[int]] = []
+
+
+@contextmanager
+def counted_states() -> Iterator[list[int]]:
+    """Inside the block each selective scan adds to this list how many states it takes through all its tokens: L E n.
+
+    Each costs an exponential and a multiply-add, however the scan is computed; its readout is a matrix product.
+    """
+    tally: list[int] = []
+    _tallies.append(tally)
+    try:
+        yield tally
+    finally:
+        _tallies.remove(tally)
 
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -42,6 +59,8 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Te
     `lead` (one a direction). dt >= 0 and a <= 0, or states grow. States are float32 at least, y is of u's type.
     (Gu, Dao, "Mamba", 2023, section 3.)
     """
+    for tally in _tallies:
+        tally.append(u.numel() * b.shape[-1])
     wide, given = torch.promote_types(u.dtype, torch.float32), u.dtype
     u, dt, a, b, c = (value.to(wide) for value in (u, dt, a, b, c))
     steps = _steps(u, b)

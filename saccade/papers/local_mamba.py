@@ -122,8 +122,8 @@ class LocalMamba(nn.Module):
             y = order.back(y, grid) * gate
             y_prefix = y_prefix if beside_gate is None else y_prefix * beside_gate
             weights = self.gate(torch.cat([y.flatten(1, -2), y_prefix], 1))
-            y, y_prefix = y * weights.view(-1, *[1] * len(grid), weights.shape[-1]), y_prefix * weights
-            total = y if total is None else total + y
+            y_prefix, weights = y_prefix * weights, weights.view(-1, *[1] * len(grid), weights.shape[-1])
+            total = y * weights if total is None else torch.addcmul(total, y, weights)
             total_prefix = y_prefix if total_prefix is None else total_prefix + y_prefix
         out = self.out_proj(total)
         return out if prefix is None else (out, self.out_proj(total_prefix))

@@ -109,7 +109,7 @@ def scan_together(selections: Sequence[Selection], sequences: Sequence[Tensor]) 
         u, dt, a, b, c = (torch.stack(values, 0 if values[0].ndim == 2 else 1)
                           for values in zip(*arguments, strict=True))
         scanned = list(selective_scan(u, dt, a, b, c).unbind(1))
-    return [y + selection.D * u for selection, y, (u, *_) in zip(selections, scanned, arguments, strict=True)]
+    return [torch.addcmul(y, each.D, u) for each, y, (u, *_) in zip(selections, scanned, arguments, strict=True)]
 
 
 def selection_names(theirs: str, ours: str) -> KeyMap:
