@@ -34,6 +34,7 @@ BLOCK = 2**16  # states of a block of tokens whose decays and states stay in the
 NARROW = 2**9  # states a token below which a token's call costs more than two passes of the chunks (measured)
 LOG2E = log2(e)  # powers of two: where decays vanish, exp is a hundred times as slow as exp2 on a CPU (measured)
 ROUNDS = 16  # doublings where the number of chunks is open: 2**16 chunks, a million tokens
+FEW = 8  # chunks that pass their states on one by one, with fewer copies than doubling makes
 MATRIX = 64  # steps of a chunk in matrix form, at most
 _tallies: list[list[int]] = []
 
@@ -189,8 +190,13 @@ def _ssd_by_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tens
 
 
 def entering(left: Tensor, decay: Tensor, axis: int) -> Tensor:
-    """The state that enters each chunk: s_{k+1} = decay_k s_k + left_k, s_0 = 0, along `axis`, by doubling."""
+    """The state that enters each chunk: s_{k+1} = decay_k s_k + left_k, s_0 = 0, along `axis`, by doubling where they are many."""
     count = left.shape[axis]
+    if isinstance(count, int) and count <= FEW:
+        states = [torch.zeros_like(left.select(axis, 0))]
+        for leaves, kept in zip(left.unbind(axis)[:-1], decay.unbind(axis), strict=False):
+            states.append(torch.addcmul(leaves, kept, states[-1]))
+        return torch.stack(states, axis)
     rounds = (count - 1).bit_length() if isinstance(count, int) else ROUNDS
     for number in range(rounds):
         left = torch.addcmul(left, decay, _delayed(left, 2**number, axis))

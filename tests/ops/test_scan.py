@@ -7,7 +7,7 @@ import torch
 
 from saccade import record
 from saccade.ops import reference, scan
-from saccade.ops.scan import entering, selective_scan, ssd
+from saccade.ops.scan import counted_states, entering, selective_scan, ssd
 
 
 def numbers(length, width=5, states=3, batch=2):
@@ -37,13 +37,38 @@ def test_the_number_of_chunks_changes_nothing(monkeypatch, together):
     torch.testing.assert_close(selective_scan(*arguments), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_directions_have_rates_of_their_own():
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_directions_have_rates_of_their_own(monkeypatch, in_blocks):
     u, dt, a, b, c = numbers(40)
     rates = torch.stack([a, a * 2, a * 0.1])
-    out = selective_scan(*(value[:, None].expand(-1, 3, -1, -1) for value in (u, dt)), rates,
-                         *(value[:, None].expand(-1, 3, -1, -1) for value in (b, c)))
+    monkeypatch.setattr(scan, "NARROW", 1)
+    with torch.set_grad_enabled(not in_blocks):
+        out = selective_scan(*(value[:, None].expand(-1, 3, -1, -1) for value in (u, dt)), rates,
+                             *(value[:, None].expand(-1, 3, -1, -1) for value in (b, c)))
     for number in range(3):
         torch.testing.assert_close(out[:, number], reference.selective_scan(u, dt, rates[number], b, c))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 37])
+@pytest.mark.parametrize("block", [1, 29, 30, 200, 10**6])  # 15 states an image: image by image, one token, six, all
+def test_blocks_of_tokens_are_the_loop(monkeypatch, length, block):
+    arguments = [value.detach() for value in numbers(length)]
+    calls, one_by_one = [], scan._token_by_token
+    monkeypatch.setattr(scan, "NARROW", 1)
+    monkeypatch.setattr(scan, "BLOCK", block)
+    monkeypatch.setattr(scan, "_token_by_token", lambda *given: calls.append(given) or one_by_one(*given))
+    with torch.no_grad():
+        ours = selective_scan(*arguments)
+    assert len(calls) == (3 if block < 30 else 1)
+    torch.testing.assert_close(ours, reference.selective_scan(*arguments), rtol=1e-9, atol=1e-9)
+
+
+def test_states_are_counted_whatever_computes_them():
+    arguments = numbers(40)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), counted_states() as states:
+            selective_scan(*arguments)
+        assert states == [2 * 40 * 5 * 3]
 
 
 def test_steps_that_would_overflow_a_product_of_decays():
