@@ -190,7 +190,7 @@ def _ssd_by_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tens
 
 
 def entering(left: Tensor, decay: Tensor, axis: int) -> Tensor:
-    """The state that enters each chunk: s_{k+1} = decay_k s_k + left_k, s_0 = 0, along `axis`, by doubling where they are many."""
+    """The state that enters each chunk: s_{k+1} = decay_k s_k + left_k, s_0 = 0, along `axis`; many by doubling."""
     count = left.shape[axis]
     if isinstance(count, int) and count <= FEW:
         states = [torch.zeros_like(left.select(axis, 0))]
