@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade.core.record import recording
 from saccade.ops.attend import in_cache
-from saccade.ops.sizes import ceil_div
 from saccade.ops.precision import full_precision
+from saccade.ops.sizes import ceil_div
 
 TRACED = 16  # steps of a chunk where sizes are open or steps become nodes of a graph
 ENOUGH = 2**15  # states a token that fill a step by themselves: chunks would only add work (measured on a CPU)
