@@ -50,7 +50,7 @@ def counted_states() -> Iterator[list[int]]:
     try:
         yield tally
     finally:
-        _tallies.remove(tally)
+        _tallies.pop()
 
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _token_by_token(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> T
     """The scan in buffers: decays and inputs of a block of tokens at once, one call a token, then the readouts."""
     *lead, length, width = u.shape
     count, lanes = b.shape[-1], prod(lead)
-    if lanes * width * count > BLOCK and len(lead) >= a.ndim - 1 and len(lead) and lead[0] > 1:  # image by image
+    if lanes * width * count > BLOCK and len(lead) >= a.ndim - 1 and lead[0] > 1:  # image by image
         images = zip(*(value.split(1) for value in (u, dt, b, c)), strict=True)
         return torch.cat([_token_by_token(u, dt, a, b, c) for u, dt, b, c in images])
     steps = max(1, min(length, BLOCK // (lanes * width * count)))
