@@ -35,7 +35,7 @@ from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Norm
 from saccade.parts.plain import Plain, TokenBlock
-from saccade.parts.tokens import global_tokens, join, split
+from saccade.parts.tokens import causal, global_tokens, join, split
 
 CARD = Card(
     "TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters",
@@ -153,12 +153,6 @@ def rotate(x: Tensor, channels: int, base: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-@table
-def later(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(N, N): -inf where the key comes after the query."""
-    return torch.full((count, count), -torch.inf, device=device, dtype=dtype).triu(1)
-
-
 class TokenformerAttention(nn.Module):
     """Self-attention whose four projections attend to parameter tokens: (B, *grid, C) -> (B, *grid, C).
 
@@ -205,7 +199,7 @@ class TokenformerAttention(nn.Module):
                    for layer in (self.query, self.key, self.value))
         if self.turned:
             q, k = rotate(q, self.turned, self.base), rotate(k, self.turned, self.base)
-        mask = later(count, x.device, q.dtype) if self.causal else None
+        mask = causal(count, x.device, q.dtype) if self.causal else None
         out = attend(q, k, v, mask, where=lambda: global_tokens(count, x.device))
         return split(self.proj(out.transpose(1, 2).flatten(2)), x, prefix)
 

@@ -52,6 +52,12 @@ def global_tokens(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @table
+def causal(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A bias (N, N) of scores: -inf where the key comes after the query."""
+    return torch.full((count, count), -torch.inf, device=device, dtype=dtype).triu(1)
+
+
+@table
 def strided_tokens(
     grid: tuple[int, ...], reduced: tuple[int, ...], stride: int, prefix: int, device: torch.device
 ) -> Tensor:
