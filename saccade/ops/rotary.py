@@ -31,3 +31,24 @@ def rotation(grid: Grid, pairs: int, device: torch.device, dtype: torch.dtype) -
     """
     angle = torch.arange(prod(grid), device=device)[:, None] * 10000 ** -torch.linspace(0, 1, pairs, device=device)
     return torch.stack([angle.cos(), angle.sin()], -1).to(dtype).view(*grid, 1, 1, pairs, 2)
+
+
+def rotate_halves(x: Tensor, channels: int, base: float = 10000.0) -> Tensor:
+    """Turn channel i with channel i + channels / 2 by the token's angle, of the first `channels`: (..., N, d).
+
+    (Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, in the layout of GPT-NeoX and
+    LLaMA.)
+    """
+    cos, sin = half_rotation(x.shape[-2], channels // 2, base, x.device, x.dtype)
+    a, b, rest = x.split([channels // 2, channels // 2, x.shape[-1] - channels], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+@table
+def half_rotation(
+    count: int, pairs: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (N, pairs) of n base^(-i / pairs)."""
+    rates = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    angle = torch.arange(count, device=device)[:, None] * rates
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -31,7 +31,7 @@ from saccade.core.names import closest, match_modules
 from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import attend
-from saccade.ops.tables import table
+from saccade.ops.rotary import rotate_halves
 from saccade.parts.attention import check_heads
 from saccade.parts.block import Norm
 from saccade.parts.plain import Plain, TokenBlock
@@ -138,21 +138,6 @@ def grow(model: nn.Module, more: int, layers: str = "*") -> int:
     return len(chosen)
 
 
-@table
-def rotation(count: int, pairs: int, base: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (N, pairs) of n base^(-i / pairs)."""
-    rates = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
-    angle = torch.arange(count, device=device)[:, None] * rates
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, channels: int, base: float) -> Tensor:
-    """Turn channel i with channel i + channels / 2 by the token's angle, of the first `channels`: (..., N, d)."""
-    cos, sin = rotation(x.shape[-2], channels // 2, base, x.device, x.dtype)
-    a, b, rest = x.split([channels // 2, channels // 2, x.shape[-1] - channels], -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
 class TokenformerAttention(nn.Module):
     """Self-attention whose four projections attend to parameter tokens: (B, *grid, C) -> (B, *grid, C).
 
@@ -198,7 +183,7 @@ class TokenformerAttention(nn.Module):
         q, k, v = (layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer in (self.query, self.key, self.value))
         if self.turned:
-            q, k = rotate(q, self.turned, self.base), rotate(k, self.turned, self.base)
+            q, k = rotate_halves(q, self.turned, self.base), rotate_halves(k, self.turned, self.base)
         mask = causal(count, x.device, q.dtype) if self.causal else None
         out = attend(q, k, v, mask, where=lambda: global_tokens(count, x.device))
         return split(self.proj(out.transpose(1, 2).flatten(2)), x, prefix)
