@@ -30,6 +30,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.record import record
+from saccade.core.template import Template
 from saccade.ops.attend import attend
 from saccade.parts.attention import Attention, CrossAttention
 from saccade.parts.block import LAYER_NORM, Norm
@@ -64,6 +65,7 @@ class PairwiseAttention(Attention):
     """
 
     context = True
+    template = Template("q k^T / sqrt(d), also to tokens of another picture", "softmax", "sum of v")
 
     def forward(  # type: ignore[override]
         self, x: Tensor, prefix: Tensor | None = None, context: Tensor | None = None
