@@ -18,9 +18,11 @@ wrap, and of runs of an odd length the shifted heads' outputs return to the toke
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.card import Card
@@ -86,6 +88,48 @@ def run_bias(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf), keys
 
 
+class Runs(NamedTuple):
+    """Queries (B G, h, length, d), keys and values (B G, h, S + length, d) of G runs, their bias, the keys' numbers."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    keys: Tensor
+    batch: int
+    tokens: int
+    back: int
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """(B G, h, length, n) of all runs as (B, N, h, n), in the order of the tokens."""
+        places = (torch.arange(self.tokens, device=x.device) - self.back) % self.tokens
+        return x.transpose(1, 2).unflatten(0, (self.batch, -1)).flatten(1, 2).index_select(1, places)
+
+    def columns(self, heads: int) -> Tensor:
+        """(B, h, N, S + length): the number of each token's keys, N for those that it never sees."""
+        keys = self.keys.where(self.keys >= 0, self.tokens)[None, None].expand(self.batch, heads, -1, -1)
+        keys = keys.repeat_interleave(self.q.shape[2], 2).unflatten(2, (len(self.keys), -1))
+        return self.laid_out(keys.transpose(1, 2).flatten(0, 1)).transpose(1, 2)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """Weights of runs as those of all pairs of tokens, (B, h, N, N)."""
+        rows = self.laid_out(weights).transpose(1, 2)
+        dense = rows.new_zeros(*rows.shape[:3], self.tokens + 1)
+        return dense.scatter_add(3, self.columns(rows.shape[1]), rows)[..., : self.tokens]
+
+    def collected(self, dense: Tensor) -> Tensor:
+        """The weights of runs again, of those of all pairs."""
+        rows = F.pad(dense, (0, 1)).gather(3, self.columns(dense.shape[1]))
+        number = (torch.arange(self.keys.shape[0] * self.q.shape[2], device=rows.device) + self.back) % self.tokens
+        rows = rows.index_select(2, number).unflatten(2, (len(self.keys), -1))
+        return rows.transpose(1, 2).flatten(0, 1)
+
+
+def softmax_weights(q: Tensor, k: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias)."""
+    return (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)
+
+
 class SinkFixedAttention(nn.Module):
     """Attention in runs of 1 / `groups` of the sequence, and to its first `sinks` tokens: (B, *grid, C) -> the same.
 
@@ -129,37 +173,33 @@ class SinkFixedAttention(nn.Module):
             q, k = (rotate_halves(each, each.shape[-1], self.rotary) for each in (q, k))
         if self.kv_heads < self.heads:
             k, v = (each.repeat_interleave(self.heads // self.kv_heads, 1) for each in (k, v))
-        length = self.length(count)
-        shift = ceil_div(length, 2)
+        length, shift = self.length(count), ceil_div(self.length(count), 2)
         back = length // 2 if self.cyclic and not self.sinks else shift
-        shifts = [(slice(half), 0, 0)] * (half > 0) + [(slice(half, None), shift, back)]
-        mixed, seen = zip(*(self.in_runs(q[:, here], k[:, here], v[:, here], shift, back)
-                            for here, shift, back in shifts), strict=True)
-        out = torch.cat(mixed, 2)  # (B, N, heads, d)
-        watched = [weights for weights in seen if weights is not None]
-        affinities = torch.cat(watched, 1) if watched else None
-        if self.sinks and not self.causal:
-            first = q[:, :, : self.sinks]
-            if affinities is None:
-                whole = attend(first, k, v)
-            else:
-                weights = (first * first.shape[-1] ** -0.5 @ k.mT).softmax(-1)
-                whole, affinities = weights @ v, torch.cat([weights, affinities[:, :, self.sinks :]], 2)
-            out = torch.cat([whole.transpose(1, 2), out[:, self.sinks :]], 1)
-        if affinities is not None:
-            note(affinities, lambda: global_tokens(count, x.device))
+        sides = [(slice(half), 0, 0)] * (half > 0) + [(slice(half, None), shift, back)]
+        parts = [self.in_runs(q[:, heads], k[:, heads], v[:, heads], shift, back) for heads, shift, back in sides]
+        first = q[:, :, : self.sinks] if self.sinks and not self.causal else None
+        if recording():
+            out = self.watched(parts, first, k, v)
+        else:
+            out = torch.cat([part.laid_out(attend(part.q, part.k, part.v, part.bias)) for part in parts], 2)
+            if first is not None:
+                out = torch.cat([attend(first, k, v).transpose(1, 2), out[:, self.sinks :]], 1)
         return split(self.proj(out.flatten(2)), x, prefix)
 
     def length(self, count: int) -> int:
         """Tokens a run, of a sequence of `count`."""
-        return max(count // self.groups, 1)
+        length: Any = torch.sym_max(count // self.groups, 1)
+        return int(length) if isinstance(count, int) else length
 
-    def in_runs(self, q: Tensor, k: Tensor, v: Tensor, shift: int, back: int) -> tuple[Tensor, Tensor | None]:
-        """(B, N, h, d) of the runs that begin at token `shift` and are moved back by `back`; where someone watches,
-        the weights (B, h, N, N) too.
-        """
-        B, heads, count, _ = q.shape
-        length, sinks = self.length(count), min(self.sinks, count)
+    def first(self, count: int) -> int:
+        """How many sinks a sequence of `count` has."""
+        least: Any = torch.sym_min(self.sinks, count)
+        return int(least) if isinstance(count, int) else least
+
+    def in_runs(self, q: Tensor, k: Tensor, v: Tensor, shift: int, back: int) -> Runs:
+        """Heads (B, h, N, d) cut into runs that begin at token `shift`; outputs go to the token `back` before."""
+        batch, _, count, _ = q.shape
+        length, sinks = self.length(count), self.first(count)
         numbers = runs(count, length, shift, q.device)
         bias, keys = run_bias(count, length, shift, sinks, self.causal, self.cyclic, q.dtype, q.device)
         into = numbers.clamp(min=0).flatten()
@@ -168,27 +208,28 @@ class SinkFixedAttention(nn.Module):
         k, v = (torch.cat([each[:, :, :sinks].transpose(1, 2)[:, None].expand(-1, len(numbers), -1, -1, -1), run], 2)
                 for each, run in ((k, in_run_k), (v, in_run_v)))
         q, k, v = (each.flatten(0, 1).transpose(1, 2) for each in (q, k, v))
-        bias = bias[:, None].repeat(B, 1, 1, 1)
-        places = (torch.arange(count, device=q.device) - back) % count
-        if not recording():
-            return self.laid_out(attend(q, k, v, bias), B, places), None
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)
-        rows = self.laid_out(weights, B, places).transpose(1, 2)  # (B, h, N, S + length)
-        columns = keys.where(keys >= 0, count).repeat_interleave(length, 0)[places].expand_as(rows)
-        dense = torch.zeros(B, heads, count, count + 1, dtype=rows.dtype, device=rows.device)
-        return self.laid_out(weights @ v, B, places), dense.scatter_add(3, columns, rows)[..., :count]
+        return Runs(q, k, v, bias[:, None].repeat(batch, 1, 1, 1), keys, batch, count, back)
 
-    @staticmethod
-    def laid_out(runs: Tensor, batch: int, places: Tensor) -> Tensor:
-        """(B G, h, length, n) of all runs as (B, N, h, n), in the order of the tokens."""
-        return runs.transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2).index_select(1, places)
+    def watched(self, parts: Sequence[Runs], first: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+        """The output (B, N, h, d) by way of the weights of all pairs of tokens, which a watcher may change."""
+        dense = torch.cat([part.spread(softmax_weights(part.q, part.k, part.bias)) for part in parts], 1)
+        if first is not None:
+            dense = torch.cat([softmax_weights(first, k), dense[:, :, self.sinks :]], 2)
+        dense = note(dense, lambda: global_tokens(dense.shape[2], dense.device))
+        half = parts[0].q.shape[1] if len(parts) > 1 else 0
+        shares = (dense[:, :half], dense[:, half:]) if half else (dense,)
+        out = torch.cat([part.laid_out(part.collected(share) @ part.v)
+                         for part, share in zip(parts, shares, strict=True)], 2)
+        if first is None:
+            return out
+        return torch.cat([(dense[:, :, : self.sinks] @ v).transpose(1, 2), out[:, self.sinks :]], 1)
 
     def cost(self, site: Site, grid: tuple[int, ...], prefix: int = 0) -> int:
         """Multiply-adds: N C for each output of the layers, 2 C for each query and key of runs and sinks, and, unless
         causal, of the sinks and all tokens.
         """
         tokens = torch.Size(grid).numel() + prefix
-        length, sinks = self.length(tokens), min(self.sinks, tokens)
+        length, sinks = self.length(tokens), self.first(tokens)
         pairs = ceil_div(tokens, length) * length * (sinks + length) + (0 if self.causal else sinks * tokens)
         return tokens * (self.qkv.weight.numel() + self.proj.weight.numel()) + 2 * pairs * site.dim
 

@@ -54,6 +54,25 @@ def test_who_sees_whom(count, heads, options):
     torch.testing.assert_close(watched, one.proj((weights @ v).transpose(1, 2).flatten(2)).detach())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_watcher_s_weights_decide(causal):
+    """What it hands back mixes the values, and slopes of the output reach the weights."""
+    mixer = torch.nn.Sequential(randomised(SinkFixedAttention(Site(8, 2, grid=(13,)), causal=causal)).double().eval())
+    x = torch.randn(1, 13, 8, dtype=torch.float64)
+    with record(mixer, change=lambda name, weights: weights * torch.tensor([2.0, 0.0]).view(1, 2, 1, 1)):
+        found = mixer(x)
+    _, _, v = mixer[0].qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    with record(mixer, attached=True) as r:
+        out = mixer(x)
+    weights = r["0"].parts[0].weights
+    doubled = torch.cat([2 * (weights @ v)[:, 0], 0 * v[:, 1]], -1)
+    torch.testing.assert_close(found, mixer[0].proj(doubled))
+    slope = torch.autograd.grad(out[0, 5].sum(), weights)[0]
+    wanted = torch.einsum("hd,hnd->hn", mixer[0].proj.weight.sum(0).view(2, 4), v[0])
+    seen = weights[0, :, 5] > 0
+    torch.testing.assert_close(slope[0, :, 5][seen], wanted[seen])
+
+
 @pytest.mark.parametrize("count", [28, 32])
 def test_the_published_form_in_rolls(count):
     """Runs of 7 and of 8 tokens: half of the heads rolled by -7 // 2 = -4, and back by 3."""
