@@ -48,7 +48,7 @@ CARD = Card(
     arxiv="2205.02151",
     code="mossbee/clau_duaL_cross_attention_learning@6a4e6b6 (of others; the authors published none)",
     licence="unknown",
-    read="paper",
+    read="abstract",
     keywords="DCAL, global-local cross-attention, pair-wise cross-attention, attention rollout, fine-grained "
              "recognition, re-identification, uncertainty weights",
     kinds=("backbone", "mixer"),
@@ -234,7 +234,7 @@ def pairs_of(count: int, device: torch.device) -> Tensor:
 class UncertaintyWeights(nn.Module):
     """1/2 sum_i (e^-w_i L_i + w_i) of several losses, w learned: their log variances.
 
-    (Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", 2018; Zhu et al., 2022, 3.3.)
+    (Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", 2018.)
     """
 
     def __init__(self, losses: int = 3) -> None:

@@ -40,7 +40,7 @@ CARD = Card(
     arxiv="1506.03134",
     code="ast0414/pointer-networks-pytorch@27aec4e (a port; the authors published none)",
     licence="MIT",
-    read="paper, code",
+    read="abstract, code",
     keywords="Ptr-Net, additive attention, sequence to sequence, convex hull, Delaunay triangulation, travelling "
              "salesman, combinatorial optimization",
     kinds=("sequence",),

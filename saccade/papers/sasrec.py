@@ -34,7 +34,7 @@ CARD = Card(
     arxiv="1808.09781",
     code="pmixer/SASRec.pytorch@fde8a9c (a port; the authors' is for TensorFlow)",
     licence="Apache-2.0",
-    read="paper, code",
+    read="abstract, code",
     keywords="sequential recommendation, next item, causal self-attention, shared item embedding, negative sampling",
     kinds=("sequence",),
     goldens=("sasrec_default",),
@@ -121,7 +121,7 @@ class SASRec(nn.Module):
         """-mean(log sigmoid(r of what follows) + log(1 - sigmoid(r of another))) over the places that are followed.
 
         history, following, others (B, T): the item after each place (0: none) and one that the user never took, such as
-        `untaken` draws. (Kang, McAuley, 2018, section 3.6.)
+        `untaken` draws. (Kang, McAuley, 2018, section 3.)
         """
         known, following, others = self.features(history), following[:, -self.length:], others[:, -self.length:]
         right, wrong = ((known * self.items(one)).sum(-1)[following != 0] for one in (following, others))

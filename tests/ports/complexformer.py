@@ -19,6 +19,7 @@ class AsCounted(ComplexAttention):
 def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     x = next(iter(make_inputs(golden).values()))
-    # The mask is an input of the authors' module, which only the name of the golden and its note tell.
-    return Port(AsCounted(Site(args["d_model"], args["num_heads"], grid=tuple(x.shape[1:-1])),
-                          causal="causal mask" in golden["note"]), key_map(AUTHORS))
+    # The mask is an input of the authors' module, of which the note alone tells.
+    causal = args.get("causal", "causal" in golden["note"].lower())
+    return Port(AsCounted(Site(args["d_model"], args["num_heads"], grid=tuple(x.shape[1:-1])), causal=causal),
+                key_map(AUTHORS))

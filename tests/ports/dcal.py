@@ -17,9 +17,9 @@ from tests.ports.port import Port, key_map
 class GlobalLocal(GlobalLocalAttention):
     """What the golden holds, of tokens and scores of earlier layers: what is told, else zero; weights; rollout."""
 
-    def __init__(self, dim: int, heads: int, share: float) -> None:
+    def __init__(self, dim: int, heads: int, share: float, layers: int) -> None:
         super().__init__(dim, heads)
-        self.share = share
+        self.share, self.layers = share, layers
 
     def forward(self, x: Tensor, *layers: Tensor) -> Any:  # type: ignore[override]
         seen = rollout([scores.softmax(-1) for scores in layers])
@@ -31,10 +31,10 @@ class GlobalLocal(GlobalLocalAttention):
         return {"out": out, "attn": affinity(q, k), "rollout": seen[:, 1:]}
 
     def cost(self, site: Site, grid: tuple[int, ...]) -> int:
-        """What the golden counted: rollouts by products of whole matrices, three layers twice."""
+        """What the golden counted: rollouts by products of whole matrices, of all layers, twice."""
         tokens, C = grid[0], site.dim
         asking = 1 + int(self.share * (tokens - 1))
-        return 2 * (asking + tokens) * C**2 + 2 * asking * tokens * C + 6 * tokens**3
+        return 2 * (asking + tokens) * C**2 + 2 * asking * tokens * C + 2 * self.layers * tokens**3
 
 
 class Pairwise(PairwiseAttention):
@@ -58,5 +58,6 @@ LOCAL = ((r"g\.q_proj\.(.*)", r"q.\1"), (r"g\.k_proj\.(.*)", r"kv.\1#0"), (r"g\.
 def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     if golden["source"]["object"] == "GlobalLocalCrossAttention":
-        return Port(GlobalLocal(args["embed_dim"], args["num_heads"], args["top_k_ratio"]), key_map(LOCAL))
+        return Port(GlobalLocal(args["embed_dim"], args["num_heads"], args["top_k_ratio"],
+                                len(golden["inputs"]) - 1), key_map(LOCAL))
     return Port(Pairwise(Site(args["embed_dim"], args["num_heads"])), key_map(((r"sa_attention\.(.*)", r"\1"),)))

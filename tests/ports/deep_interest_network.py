@@ -23,9 +23,10 @@ class Scores(InterestPooling):
 
 
 def one_query(inputs: State) -> tuple[Any, ...]:
-    """The authors' query (B, 1, C), keys (B, T, C) and, of a pooling, how many of them are (B, 1)."""
-    query, keys, *lengths = inputs.values()
-    return query[:, 0], keys, *(torch.arange(keys.shape[1]) < length.view(-1, 1) for length in lengths)
+    """The authors' query (B, 1, C), keys (B, T, C) and, of a pooling, how many of them are (B, 1), or which (B, T)."""
+    query, keys, *given = inputs.values()
+    valid = [one if one.dtype == torch.bool else torch.arange(keys.shape[1]) < one.view(-1, 1) for one in given]
+    return query[:, 0], keys, *valid[-1:]
 
 
 def build(golden: dict) -> Port:

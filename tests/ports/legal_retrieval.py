@@ -28,5 +28,5 @@ def one_question(inputs: State) -> tuple[Tensor, ...]:
 def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     if golden["source"]["object"] == "Sparsemax":
-        return Port(Function(partial(sparsemax, dim=args["dim"])))
+        return Port(Function(partial(sparsemax, dim=args.get("dim", -1))))
     return Port(Head(args["dimensions"]), key_map(AUTHORS), one_question)

@@ -25,5 +25,6 @@ def build(golden: dict) -> Port:
     args = golden["source"]["args"]
     if golden["source"]["object"] == "Attention":
         return Port(PointerAttention(args["hidden_size"]), key_map(ATTENTION))
-    module = AsCounted(args["input_dim"], args["embedding_dim"], args["hidden_size"])
+    module = AsCounted(args["input_dim"], args["embedding_dim"], args["hidden_size"],
+                       bidirectional=args.get("bidirectional", True))
     return Port(module, key_map(AUTHORS), outputs=scores)
