@@ -231,6 +231,11 @@ def note(weights: Tensor, where: Where | None = None) -> Tensor:
     return weights
 
 
+def note_rows(weights: Tensor) -> Tensor:
+    """`note` of rows of weights (..., N) between things that are no tokens of a grid: shown as (rows, 1, 1, N)."""
+    return note(weights.flatten(0, -2)[:, None, None]).view(weights.shape) if recording() else weights
+
+
 @contextmanager
 def record(
     model: nn.Module, layers: str = "*", attached: bool = False, change: Change | None = None

@@ -30,7 +30,7 @@ from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
 from saccade.core.names import closest
-from saccade.core.record import note, record, recording
+from saccade.core.record import note_rows, record
 
 CARD = Card(
     "Attention Meets Perturbations: Robust and Interpretable Attention with Adversarial Training",
@@ -153,8 +153,7 @@ class WordAttention(nn.Module):
         scores = self.score(hidden.tanh())[..., 0]
         if valid is not None:
             scores = scores.masked_fill(~valid, -torch.inf)
-        weights = scores.softmax(-1)
-        return note(weights[:, None, None])[:, 0, 0] if recording() else weights
+        return note_rows(scores.softmax(-1))
 
 
 class AttentiveReader(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saccade.core.card import Card
 from saccade.core.keymap import KeyMap, within
-from saccade.core.record import note, recording
+from saccade.core.record import note_rows
 from saccade.parts.norm import BatchNorm
 
 CARD = Card(
@@ -112,7 +112,7 @@ class InterestPooling(nn.Module):
             weights = weights.softmax(-1)
         if valid is not None:
             weights = weights * valid
-        return note(weights[:, None, None])[:, 0, 0] if recording() else weights
+        return note_rows(weights)
 
 
 class DeepInterest(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from saccade.core.card import Card
 from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap
-from saccade.core.record import note, recording
+from saccade.core.record import note_rows
 
 CARD = Card(
     "Attentive Deep Neural Networks for Legal Document Retrieval",
@@ -65,11 +65,6 @@ def sparse_weights(scores: Tensor, valid: Tensor | None) -> Tensor:
         scores = scores.masked_fill(~(valid | empty), -torch.inf)
         return note_rows(sparsemax(scores) * ~empty)
     return note_rows(sparsemax(scores))
-
-
-def note_rows(weights: Tensor) -> Tensor:
-    """Weights (..., N) of things that are no tokens of a grid, shown to who watches as (B, 1, 1, N)."""
-    return note(weights.flatten(0, -2)[:, None, None]).view(weights.shape) if recording() else weights
 
 
 class SparseAttention(nn.Module):
@@ -124,7 +119,7 @@ class AttentiveCNN(nn.Module):
     def __init__(self, vocabulary: int, dim: int = 300, channels: int = 512, kernel: int = 3) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, dim, padding_idx=0)
-        self.convolution = nn.Conv1d(dim, channels, kernel, padding=kernel // 2)
+        self.convolution = nn.Conv1d(dim, channels, kernel, padding="same")
         self.pool_words, self.pool_sentences = AttentivePooling(channels), AttentivePooling(channels)
 
     def forward(self, question: Tensor, article: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from saccade.core.errors import SaccadeError
 from saccade.core.keymap import KeyMap, within
 from saccade.core.names import closest
 from saccade.core.optional import optional
-from saccade.core.record import note, recording
+from saccade.core.record import note_rows, recording
 
 spatial = optional("scipy.spatial", "train")
 
@@ -69,7 +69,7 @@ class PointerAttention(nn.Module):
         if closed is not None:
             scores = scores.masked_fill(closed, -torch.inf)
         if recording():
-            note(scores.softmax(-1)[:, None, None])
+            note_rows(scores.softmax(-1))
         return scores.log_softmax(-1)
 
 
@@ -208,10 +208,13 @@ TASKS = {"convex_hull": convex_hull, "delaunay": delaunay, "tsp": shortest_tour}
 def draw(task: str, count: int, points: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """`count` problems of a task, uniform in the unit square: elements (B, N, 2) and answers (B, M) for training.
 
-    An answer ends with N, the place of `stop`; -1 stands after it. Tasks are "convex_hull", "delaunay" and "tsp".
+    An answer ends with N, the place of `stop`; -1 stands after it. Tasks are "convex_hull", "delaunay" and "tsp", of
+    3 points or more ("tsp" of at most 16): else SaccadeError.
     """
     if task not in TASKS:
         raise SaccadeError(f"task={task!r}: choose one of {', '.join(TASKS)}{closest(task, TASKS)}")
+    if points < 3:
+        raise SaccadeError(f"points={points}: a hull, a triangle or a tour has 3 or more")
     elements = torch.rand(count, points, 2, generator=generator)
     answers = [torch.tensor([*TASKS[task](one), points]) for one in elements]
     return elements, nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)

@@ -164,5 +164,7 @@ def test_it_learns_to_sort():
 def test_what_makes_no_sense_is_one_line():
     with pytest.raises(SaccadeError, match="convex_hull, delaunay, tsp"):
         draw("hull", 1, 5)
+    with pytest.raises(SaccadeError, match="points=2"):
+        draw("tsp", 1, 2)
     with pytest.raises(SaccadeError, match="2 to 16"):
         shortest_tour(torch.rand(17, 2))
