@@ -47,6 +47,8 @@ KINDS = {
                         "What a backbone learns from pictures without labels: `pretraining(model, NAME)`."),
     "attribution": Kind("Explanation", frozenset({"explain", "attribution"}), "methods",
                         "Which pixels made the score, and what a network has learned: `explain(model, image, NAME)`."),
+    "sequences": Kind("Sequences", frozenset({"sequence"}), "models",
+                      "What reads texts, histories and sets of points rather than pictures: modules of its files."),
     "further": Kind("Further", frozenset(), "models", "What belongs to none of the other kinds."),
 }
 # Files of the repository that are pages, and where; docs/ itself is the site's root.
