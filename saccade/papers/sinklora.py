@@ -19,7 +19,7 @@ wrap, and of runs of an odd length the shifted heads' outputs return to the toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from saccade.core.site import Site
 from saccade.core.template import Template
 from saccade.ops.attend import affinity, attend
 from saccade.ops.rotary import rotate_halves
-from saccade.ops.sizes import ceil_div
+from saccade.ops.sizes import ceil_div, larger, smaller
 from saccade.ops.tables import table
 from saccade.parts.attention import check_heads
 from saccade.parts.tokens import causal, global_tokens, join, split
@@ -188,13 +188,11 @@ class SinkFixedAttention(nn.Module):
 
     def length(self, count: int) -> int:
         """Tokens a run, of a sequence of `count`."""
-        length: Any = torch.sym_max(count // self.groups, 1)
-        return int(length) if isinstance(count, int) else length
+        return larger(count // self.groups, 1)
 
     def first(self, count: int) -> int:
         """How many sinks a sequence of `count` has."""
-        least: Any = torch.sym_min(self.sinks, count)
-        return int(least) if isinstance(count, int) else least
+        return smaller(self.sinks, count)
 
     def in_runs(self, q: Tensor, k: Tensor, v: Tensor, shift: int, back: int) -> Runs:
         """Heads (B, h, N, d) cut into runs that begin at token `shift`; outputs go to the token `back` before."""

@@ -62,7 +62,8 @@ def export(model: nn.Module, size: int | Sequence[int] = 224, *, in_chans: int =
     sides = _sides(size)
     image = torch.randn(2, in_chans, *sides)
     free = {0: torch.export.Dim.AUTO} | dict.fromkeys(range(2, image.ndim), torch.export.Dim.DYNAMIC)
-    with fx_config.patch(backed_size_oblivious=True), _pooling_of_any_size(), torch.no_grad():  # type: ignore[attr-defined]
+    oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, _pooling_of_any_size(), torch.no_grad():
         return torch.export.export(model.eval(), (image,), dynamic_shapes=(free,))
 
 
