@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saccade.core.record import Where
 from saccade.core.site import Site
 from saccade.ops.attend import attend, in_cache
+from saccade.ops.sizes import modulo
 from saccade.ops.tables import table
 from saccade.ops.window import (
     crop,
@@ -152,8 +153,10 @@ def attend_windows(
 def masked(bias: Tensor | None, mask: Tensor, windows: int) -> Tensor:
     """bias (heads, N, N) + mask (G, N, N) for so many windows, those of an image in a row: (windows, heads, N, N)."""
     both = mask[:, None] if bias is None else bias + mask[:, None]
+    if not isinstance(windows, int):  # not by expanding, before which older torch asks whether there is one window
+        return both.index_select(0, modulo(torch.arange(windows, device=mask.device), mask.shape[0]))
     images = windows // mask.shape[0]
-    return both.expand(images, *both.shape).flatten(0, 1) if not isinstance(images, int) or images > 1 else both
+    return both.expand(images, *both.shape).flatten(0, 1) if images > 1 else both
 
 
 def some_windows(
