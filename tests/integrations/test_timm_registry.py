@@ -10,7 +10,7 @@ import torch
 import saccade
 from saccade import create_model, list_models, register_with_timm
 
-NO_BACKBONES = ("maxim_", "hat_", "drct_", "rgt_", "dlgsanet_", "text_prompt_ir", "dtop_", "rotnet_")
+NO_BACKBONES = ("maxim_", "hat_", "drct_", "rgt_", "dlgsanet_", "text_prompt_ir", "dtop_", "rotnet_", "ddrnet_")
 
 
 def test_every_model_is_registered_once():
