@@ -60,7 +60,7 @@ TASKS: dict[str, Task] = {
     "restoration": Task("enlarging, denoising, deblurring, deraining", "vision", "`saccade.attribution.restoration`",
                         ("restore", "train")),
     "segmentation": Task("a class or an object for every pixel", "vision",
-                         "`create_model(\"ddrnet_23_slim\", num_classes=...)` gives logits at an eighth of the picture"),
+                         "`create_model(\"ddrnet_23_slim\", num_classes=...)`: logits of an eighth"),
     "detection": Task("boxes of objects", "vision"),
     "tracking": Task("following an object through a video", "vision"),
     "video": Task("recognising and predicting video", "vision", "`create_model(\"predformer_...\")`"),
