@@ -194,7 +194,7 @@ def entering(left: Tensor, decay: Tensor, axis: int) -> Tensor:
     count = left.shape[axis]
     if isinstance(count, int) and count <= FEW:
         states = [torch.zeros_like(left.select(axis, 0))]
-        for leaves, kept in zip(left.unbind(axis)[:-1], decay.unbind(axis), strict=False):
+        for leaves, kept in zip(left.unbind(axis)[:-1], decay.unbind(axis)[:-1], strict=True):
             states.append(torch.addcmul(leaves, kept, states[-1]))
         return torch.stack(states, axis)
     rounds = (count - 1).bit_length() if isinstance(count, int) else ROUNDS

@@ -131,8 +131,7 @@ def test_another_native_size_loads(name, tmp_path):
     assert model(torch.randn(1, 3, 48, 48)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if position % 10 == 0 else pytest.mark.slow)
-                                  for position, name in enumerate(NARROW)])
+@over("test_exported_once_runs_at_four_sizes", NARROW, slow=[name for n, name in enumerate(NARROW) if n % 10])
 def test_exported_once_runs_at_four_sizes(name):
     model = build(name)
     program = export(model, (40, 56))
