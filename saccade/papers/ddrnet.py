@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.build import check_patterns, choose_mixer
-from saccade.core.card import Card
-from saccade.core.keymap import KeyMap, Rule, within
+from saccade.core.card import Card, Weights
+from saccade.core.keymap import Dropped, KeyMap, Rule, within
 from saccade.core.site import Site
 from saccade.parts.convolution import AveragePool, grid_conv
 from saccade.parts.norm import BatchNorm
@@ -47,6 +47,12 @@ CARD = Card(
     keywords="real-time semantic segmentation, dual-resolution, bilateral fusion, deep aggregation pyramid pooling, "
              "DAPPM, Cityscapes",
     kinds=("segmentation",),
+    weights={
+        name: Weights(f"https://drive.google.com/file/d/{file}/view?usp=sharing", data="Cityscapes", img_size=1024,
+                      crop=1.0)
+        for name, file in (("ddrnet_23_slim", "1d_K3Af5fKHYwxSo8HkxpnhiekhwovmiP"),
+                           ("ddrnet_23", "16viDZhbmuc3y7OSsUo2vhA7V6kYO0KX6"))
+    },
     params={"ddrnet_23_slim": 5.7e6, "ddrnet_23": 20.1e6, "ddrnet_39": 32.3e6},
     goldens=("ddrnet_23_slim", "op_ddrnet_dappm"),
     tests=("tests/papers/test_ddrnet.py",),
@@ -271,8 +277,9 @@ def names(fusions: int) -> KeyMap:
 
 
 def AUTHORS(name: str) -> KeyMap:
-    """The authors' names of a size."""
-    return names(SIZES[name].get("fusions", 1))
+    """The authors' names of a size; what they trained is the `model` beside its loss."""
+    loss = Dropped(r"loss\..*", "weights of classes in the loss that trained it")
+    return (*within(names(SIZES[name].get("fusions", 1)), r"(?:model\.)?", ""), loss)
 
 
 def taps(fusions: int) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from saccade import create_model
+from saccade.golden import make_state, read_golden
 from saccade.papers.ddrnet import CARD, DAPPM, enlarged
 from saccade.tools.measure import count_macs
 from tests.contracts.registered import randomised
@@ -96,3 +98,17 @@ def test_batch_elements_do_not_meet():
     model, image = build().double(), torch.randn(3, 3, 40, 56, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(model(image)[1:2], model(image[1:2]))
+
+
+def test_a_checkpoint_as_trained_has_the_auxiliary_head_and_the_loss(tmp_path):
+    golden = read_golden(Path(__file__).parents[1] / "goldens" / "ddrnet_23_slim.json")
+    state = {f"model.{name}": value for name, value in make_state(golden).items()}
+    extra = {f"model.seghead_extra.{name}": torch.randn(shape) for name, shape in (
+        ("bn1.weight", (64,)), ("bn1.bias", (64,)), ("bn1.running_mean", (64,)), ("bn1.running_var", (64,)),
+        ("conv1.weight", (64, 64, 3, 3)), ("bn2.weight", (64,)), ("bn2.bias", (64,)), ("bn2.running_mean", (64,)),
+        ("bn2.running_var", (64,)), ("conv2.weight", (19, 64, 1, 1)), ("conv2.bias", (19,)))}
+    torch.save(state | extra | {"loss.criterion.weight": torch.ones(19)}, tmp_path / "best.pth")
+    plain = create_model("ddrnet_23_slim", checkpoint_path=tmp_path / "best.pth")
+    both = create_model("ddrnet_23_slim", auxiliary=True, checkpoint_path=tmp_path / "best.pth")
+    assert torch.equal(both.auxiliary.out[2].bias, extra["model.seghead_extra.conv2.bias"]) and plain.auxiliary is None
+    assert torch.equal(plain.stem[0].weight, both.stem[0].weight)
